@@ -1,0 +1,123 @@
+"""A set of images in memory, and the order in which training sees it."""
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from hashlib import sha256
+
+import torch
+from jaxtyping import Bool, Float, Int64, UInt8
+from torch import Tensor
+
+from onejump.types import Images
+
+
+def from_uint8(images: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Bytes 0..255 to float32 in [-1, 1]: x = v / 127.5 - 1."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(x: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
+    """[-1, 1] to bytes, rounded to the nearest and clamped: the inverse of `from_uint8`."""
+    return (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+@lru_cache(maxsize=4)
+def epoch_order(n: int, seed: int, epoch: int) -> tuple[Int64[Tensor, " n"], Bool[Tensor, " n"]]:
+    """A permutation of n images and a fair coin for each place in it, drawn from (seed, epoch) alone.
+
+    A step needs at most two epochs at once (unless a batch is larger than the set); a few more stay cached.
+    """
+    digest = sha256(f"order of the images, seed {seed}, epoch {epoch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+    return torch.randperm(n, generator=generator), torch.rand(n, generator=generator) < 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images at rest: uint8 [n, c, h, w], with int64 labels [n] or None, and one name a class.
+
+    `flip` mirrors each image left to right with probability one half, a fresh coin every epoch.
+    """
+
+    name: str
+    images: Images
+    labels: Int64[Tensor, " n"] | None = None
+    class_names: tuple[str, ...] = ()
+    flip: bool = False
+    _on_device: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.labels is None:
+            assert not self.class_names, "names of classes without labels"
+        else:
+            assert len(self.labels) == self.n, f"{len(self.labels)} labels for {self.n} images"
+            assert 0 <= int(self.labels.min()) and int(self.labels.max()) < self.classes, "a label without a name"
+
+    @property
+    def n(self) -> int:
+        return len(self.images)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one image."""
+        _, c, h, w = self.images.shape
+        return c, h, w
+
+    @property
+    def classes(self) -> int:
+        """Number of classes, 0 if unlabelled."""
+        return len(self.class_names)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the shape, the pixels and the labels; the same on every machine."""
+        digest = sha256(str(tuple(self.images.shape)).encode())
+        digest.update(self.images.cpu().contiguous().numpy().data)
+        if self.labels is not None:
+            digest.update(self.labels.cpu().contiguous().numpy().astype("<i8").data)
+        return digest.hexdigest()
+
+    def select(self, index: Tensor, name: str) -> "ImageSet":
+        """The images at `index` (int64 positions or a boolean mask) as a set of their own, classes unchanged."""
+        labels = None if self.labels is None else self.labels[index]
+        return replace(self, name=name, images=self.images[index], labels=labels)
+
+    def order(
+        self, step: int, batch: int, seed: int, rank: int = 0, world: int = 1
+    ) -> tuple[Int64[Tensor, " b"], Bool[Tensor, " b"]]:
+        """Which images a step sees, and which of them the coin would mirror.
+
+        Images are counted over the whole run: number step * batch * world + rank * batch + i belongs to epoch
+        number // n. So the images of a step depend on batch * world only, and a batch may straddle two epochs.
+        """
+        first = (step * world + rank) * batch
+        numbers = torch.arange(first, first + batch)
+        epochs, places = numbers // self.n, numbers % self.n
+        index, mirror = torch.empty_like(numbers), torch.empty(batch, dtype=torch.bool)
+        for epoch in range(first // self.n, (first + batch - 1) // self.n + 1):
+            here = epochs == epoch
+            permutation, coins = epoch_order(self.n, seed, epoch)
+            index[here], mirror[here] = permutation[places[here]], coins[places[here]]
+        return index, mirror
+
+    def batch(
+        self, step: int, batch: int, seed: int, rank: int = 0, world: int = 1, device: torch.device | str = "cpu"
+    ) -> tuple[Float[Tensor, "b c h w"], Int64[Tensor, " b"] | None]:
+        """Images of one step as (x0 float32 in [-1, 1], labels or None); a pure function of its arguments.
+
+        Every epoch is a fresh permutation by (seed, epoch) and shows each image once. The whole set moves to
+        `device` at the first call and stays there.
+        """
+        index, mirror = self.order(step, batch, seed, rank, world)
+        images, labels = self._resident(device)
+        x0 = from_uint8(images[index.to(images.device)])
+        if self.flip:
+            x0 = torch.where(mirror.to(x0.device)[:, None, None, None], x0.flip(-1), x0)
+        return x0, None if labels is None else labels[index.to(labels.device)]
+
+    def _resident(self, device: torch.device | str) -> tuple[Tensor, Tensor | None]:
+        key = str(device)
+        if key not in self._on_device:
+            labels = None if self.labels is None else self.labels.to(device)
+            self._on_device[key] = self.images.to(device), labels
+        return self._on_device[key]

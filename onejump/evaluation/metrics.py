@@ -1,0 +1,137 @@
+"""Distances between sets of images and counts over them: float64, exact, nothing random."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float64, Int64, UInt8
+from torch import Tensor
+
+from onejump.types import Features, Images, UserError
+
+ROWS = 2048  # rows of a table of pairs held at once
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianStatistics:
+    """Mean [d] and unbiased covariance [d, d] of n features: all that a Frechet distance needs of a set."""
+
+    mean: Float64[Tensor, " d"]
+    covariance: Float64[Tensor, "d d"]
+    n: int
+
+    @classmethod
+    def of(cls, features: Features) -> "GaussianStatistics":
+        if len(features) < 2:
+            raise UserError(f"{len(features)} images: a covariance needs at least 2")
+        x = features.double().cpu()
+        mean = x.mean(0)
+        x = x - mean
+        return cls(mean, x.T @ x / (len(x) - 1), len(x))
+
+
+def frechet_distance(
+    a: Float[Tensor, "n d"] | GaussianStatistics, b: Float[Tensor, "m d"] | GaussianStatistics
+) -> float:
+    """Frechet distance of the Gaussians fitted to two sets of features (Heusel et al. 2017, eq. 6; FID on Inception's).
+
+    |mu_a - mu_b|^2 + tr A + tr B - 2 tr (A^1/2 B A^1/2)^1/2. The last trace is the sum of the singular values of
+    A^1/2 B^1/2, with symmetric roots by `eigh`: never complex, and exact also where n < d makes A or B singular.
+    Biased upwards for small sets: compare only distances of equal n. Raises UserError for fewer than 2 images.
+    """
+    a, b = (x if isinstance(x, GaussianStatistics) else GaussianStatistics.of(x) for x in (a, b))
+    if a.mean.shape != b.mean.shape:
+        raise UserError(f"features of {len(a.mean)} and of {len(b.mean)} dimensions: use one detector for both sets")
+    cross = torch.linalg.svdvals(_root(a.covariance) @ _root(b.covariance)).sum()
+    distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
+    return max(distance.item(), 0.0)
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """Symmetric square root of a positive semi-definite matrix."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * values.clamp(min=0).sqrt() @ vectors.T
+
+
+def kid(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> float:
+    """Kernel distance: the unbiased squared MMD with the kernel (x.y / d + 1)^3 (Binkowski et al. 2018, eq. 4).
+
+    Over the full sets, not averaged over random subsets. Unbiased: near 0, also below it, for equal distributions.
+    """
+    if min(len(a), len(b)) < 2:
+        raise UserError(f"{len(a)} and {len(b)} images: the kernel distance needs at least 2 of each")
+    a, b = a.double().cpu(), b.double().cpu()
+    n, m = len(a), len(b)
+    within_a = (_kernel_sum(a, a) - _kernel(a.square().sum(1), a.shape[1]).sum()) / (n * (n - 1))
+    within_b = (_kernel_sum(b, b) - _kernel(b.square().sum(1), b.shape[1]).sum()) / (m * (m - 1))
+    return (within_a + within_b - 2 * _kernel_sum(a, b) / (n * m)).item()
+
+
+def _kernel(products: Tensor, d: int) -> Tensor:
+    return (products / d + 1) ** 3
+
+
+def _kernel_sum(x: Tensor, y: Tensor) -> Tensor:
+    """Sum of the kernel over all pairs."""
+    return torch.stack([_kernel(rows @ y.T, x.shape[1]).sum() for rows in x.split(ROWS)]).sum()
+
+
+def nearest_neighbours(
+    samples: Images, training: UInt8[Tensor, "m c h w"]
+) -> tuple[Int64[Tensor, " n"], Float64[Tensor, " n"]]:
+    """For each sample the nearest training image (the first among equals) and its distance.
+
+    Distance: root mean square over the pixels, in units of [-1, 1] (0 for a copy, 2 for black against white).
+    """
+    x = samples.cpu().flatten(1).double()
+    best = torch.full((len(x),), torch.inf, dtype=torch.float64)
+    index = torch.zeros(len(x), dtype=torch.int64)
+    for start in range(0, len(training), ROWS):
+        y = training[start : start + ROWS].cpu().flatten(1).double()
+        for i in range(0, len(x), ROWS):
+            rows = slice(i, i + ROWS)
+            # bytes are whole numbers, so this is exact in float64: a copy is at distance 0
+            squares = x[rows].square().sum(1)[:, None] + y.square().sum(1) - 2 * x[rows] @ y.T
+            value, place = squares.min(1)
+            closer = value < best[rows]
+            best[rows] = torch.where(closer, value, best[rows])
+            index[rows] = torch.where(closer, place + start, index[rows])
+    return index, (best / x.shape[1]).sqrt() / 127.5
+
+
+@dataclass(frozen=True)
+class Balance:
+    """How samples spread over the classes."""
+
+    shares: tuple[float, ...]  # per class, of all samples
+    total_variation: float  # from the reference shares: 0 equal, 1 disjoint
+
+
+def class_shares(classes: Int64[Tensor, " n"] | Float[Tensor, "n classes"], count: int) -> Float64[Tensor, " classes"]:
+    """Share of each of `count` classes among labels, or among the likeliest classes of probabilities."""
+    labels = classes.argmax(1) if classes.ndim == 2 else classes
+    return torch.bincount(labels.cpu(), minlength=count).double() / len(labels)
+
+
+def class_balance(
+    classes: Int64[Tensor, " n"] | Float[Tensor, "n classes"], reference: Float[Tensor, " classes"]
+) -> Balance:
+    """Shares of the classes among samples (labels or probabilities), and their distance from a reference's shares."""
+    shares = class_shares(classes, len(reference))
+    distance = (shares - reference.double().cpu()).abs().sum() / 2
+    return Balance(tuple(shares.tolist()), distance.item())
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """How surely a classifier reads the samples."""
+
+    mean: float  # of the largest probability
+    above_90: float  # share of samples whose largest probability is above 0.9
+    as_asked: float | None  # share read as the class that was asked for; None if none was asked
+
+
+def confidence(probabilities: Float[Tensor, "n classes"], asked: Int64[Tensor, " n"] | None = None) -> Confidence:
+    """Confidence over samples from their class probabilities and, where classes were asked for, their labels."""
+    largest, read = probabilities.double().cpu().max(1)
+    as_asked = None if asked is None else (read == asked.cpu()).double().mean().item()
+    return Confidence(largest.mean().item(), (largest > 0.9).double().mean().item(), as_asked)

@@ -1,0 +1,71 @@
+"""What every method shares: the networks it is handed, the diffused sample, and the pair student / target."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from onejump.model import ConsistencyModel, per_sample
+from onejump.types import Cond, DropoutKey, Samples, Times, UserError
+
+Stats = dict[str, Tensor]  # one number a sample: "t", and "distance" before the weight
+
+
+Target = Callable[..., Samples]  # f^-, called as a model is; TCM's also takes the flag of the rows below t'
+
+
+@dataclass(frozen=True)
+class Nets:
+    """student: trained. target: f^-, under stop-gradient."""
+
+    student: ConsistencyModel
+    target: Target
+
+
+@runtime_checkable
+class Method(Protocol):
+    """The loss of one paper. `step` counts optimiser steps from 0 over all stages of a chain; `steps` is its end."""
+
+    def nets(self, student: ConsistencyModel) -> Nets:
+        """The networks of this method around a student that already has its initial weights."""
+
+    def loss(self, nets: Nets, x0: Samples, cond: Cond, step: int, steps: int) -> tuple[Tensor, Stats]: ...
+
+
+def diffuse(x0: Samples, eps: Samples, t: Times) -> Samples:
+    """x_t = x0 + t eps."""
+    return x0 + per_sample(t, x0) * eps
+
+
+def boundary_count(n: int, rho: float) -> int:
+    """floor(rho n) samples, but never none: a batch too small for the share would drop the boundary loss silently."""
+    if n < 2:
+        raise UserError(f"batch: {n} sample(s) a pass; TCM needs 2 or more, one of them at t'")
+    return max(int(n * rho), 1)
+
+
+def dropout_key(x0: Samples) -> Tensor:
+    """One key a sample, int64 [b]: networks that get the same key drop the same elements."""
+    return torch.randint(2**62, (len(x0),), device=x0.device)
+
+
+def student_and_target(nets: Nets, xt: Samples, t: Times, xr: Samples, r: Times, cond: Cond) -> tuple[Samples, Samples]:
+    """f(x_t, t) with gradient and f^-(x_r, r) without, under the same dropout masks."""
+    key = dropout_key(xt)
+    ft = nets.student(xt, t, cond=cond, key=key)
+    with torch.no_grad():
+        fr = on_rows(r > 0, nets.target, xr, r, cond, key)
+    return ft, fr
+
+
+def on_rows(rows: Tensor, f: Target, x: Samples, t: Times, cond: Cond, key: DropoutKey) -> Samples:
+    """f on the flagged rows; x on the others, which cost no network pass (f(x, 0) = x)."""
+    if rows.all():
+        return f(x, t, cond=cond, key=key)
+    out = x.clone()
+    if rows.any():
+        cond, key = (None if v is None else v[rows] for v in (cond, key))
+        out[rows] = f(x[rows], t[rows], cond=cond, key=key)
+    return out

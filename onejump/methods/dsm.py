@@ -1,0 +1,31 @@
+"""Denoising score matching with EDM's weight: the diffusion teacher."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from onejump.losses import squared_l2
+from onejump.methods.base import Nets, Stats, diffuse, dropout_key
+from onejump.model import ConsistencyModel
+from onejump.times import LogNormal
+from onejump.types import Cond, Samples
+
+
+@dataclass(frozen=True)
+class DSM:
+    """Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al. 2022, section 5)."""
+
+    times: LogNormal = LogNormal(P_mean=-1.2, P_std=1.2)
+    sigma_data: float = 0.5
+
+    def nets(self, student: ConsistencyModel) -> Nets:
+        return Nets(student, target=student)
+
+    def loss(self, nets: Nets, x0: Samples, cond: Cond, step: int, steps: int) -> tuple[Tensor, Stats]:
+        """E[lambda(t) ||D(x_t, t) - x0||^2], lambda = (t^2 + sigma_data^2) / (t sigma_data)^2."""
+        t = self.times(len(x0), x0.device).to(x0.dtype)
+        xt = diffuse(x0, torch.randn_like(x0), t)
+        distance = squared_l2(nets.student.denoise(xt, t, cond=cond, key=dropout_key(x0)), x0)
+        weight = (t**2 + self.sigma_data**2) / (t * self.sigma_data) ** 2
+        return (weight * distance).mean(), {"t": t, "distance": distance}

@@ -1,0 +1,40 @@
+"""Easy consistency training, which is also TCM's stage 1."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from onejump.losses import Weight, inverse_delta, pseudo_huber
+from onejump.methods.base import Nets, Stats, diffuse, student_and_target
+from onejump.model import ConsistencyModel
+from onejump.times import Discretisation, LogNormal
+from onejump.types import Cond, Samples
+
+
+@dataclass(frozen=True)
+class ECT:
+    """Consistency Models Made Easy (Geng et al. 2024): consistency training that starts from a diffusion model.
+
+    TCM's stage 1 is the same with t kept in [t_min, t_max] = [0.002, 80] and Delta_t kept above a floor.
+    """
+
+    times: LogNormal = LogNormal(P_mean=-1.1, P_std=2.0)
+    delta: Discretisation = Discretisation(q=2)
+    weight: Weight = inverse_delta
+    c: float = 0.0
+    t_min: float = 0.0
+    t_max: float = math.inf
+
+    def nets(self, student: ConsistencyModel) -> Nets:
+        return Nets(student, target=student)
+
+    def loss(self, nets: Nets, x0: Samples, cond: Cond, step: int, steps: int) -> tuple[Tensor, Stats]:
+        """E[w(t, r) d(f(x_t, t), f^-(x_r, r))], r = t - Delta_t; the target at r = 0 is the data."""
+        t = self.times(len(x0), x0.device, self.t_min, self.t_max).to(x0.dtype)
+        r = self.delta.r(t, step)
+        eps = torch.randn_like(x0)
+        ft, fr = student_and_target(nets, diffuse(x0, eps, t), t, diffuse(x0, eps, r), r, cond)
+        distance = pseudo_huber(ft, fr, self.c)
+        return (self.weight(t, r) * distance).mean(), {"t": t, "distance": distance}

@@ -1,0 +1,57 @@
+"""Truncated consistency models, stage 2 (stage 1 is ECT)."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from onejump.losses import Weight, inverse_delta, pseudo_huber
+from onejump.methods.base import Nets, Stats, boundary_count, diffuse, dropout_key, on_rows
+from onejump.model import ConsistencyModel
+from onejump.times import Discretisation, LogStudentT, TimeDistribution
+from onejump.types import Cond, DropoutKey, Samples, Times
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """f_trunc, eq. 5: the student, and below t' the frozen stage-1 network. A sample runs through one of the two."""
+
+    student: ConsistencyModel
+    boundary: ConsistencyModel
+
+    def __call__(self, x: Samples, t: Times, below: Tensor, cond: Cond, key: DropoutKey) -> Samples:
+        x = on_rows(below, self.boundary, x, t, cond, key)
+        return on_rows(~below, self.student, x, t, cond, key)
+
+
+@dataclass(frozen=True)
+class TCM:
+    """Truncated Consistency Models (Lee et al. 2025), algorithm 1, eq. 6: training on [t', T] alone."""
+
+    times: TimeDistribution = LogStudentT(mu=0.0, sigma=0.2, df=0.01)
+    delta: Discretisation = Discretisation(q=2, ratio_limit=0.999, r_min=1e-6)
+    weight: Weight = inverse_delta
+    c: float = 1e-8
+    t_prime: float = 1.0
+    t_max: float = 80.0
+    rho: float = 0.25  # the share of the batch that sits exactly at t'
+    w_b: float = 0.1  # and its weight
+
+    def nets(self, student: ConsistencyModel) -> Nets:
+        """The student starts as stage 1's EMA; the boundary network is the same model, frozen, its dropout on."""
+        student.t_min = self.t_prime
+        return Nets(student, target=Truncated(student, copy.deepcopy(student).requires_grad_(False)))
+
+    def loss(self, nets: Nets, x0: Samples, cond: Cond, step: int, steps: int) -> tuple[Tensor, Stats]:
+        """The mean over t in [t', T] + w_b * the mean over the samples at t'."""
+        at_boundary = torch.arange(len(x0), device=x0.device) < boundary_count(len(x0), self.rho)
+        t = self.times(len(x0), x0.device, self.t_prime, self.t_max).to(x0.dtype).masked_fill(at_boundary, self.t_prime)
+        r = self.delta.r(t, step)
+        eps, key = torch.randn_like(x0), dropout_key(x0)
+        ft = nets.student(diffuse(x0, eps, t), t, cond=cond, key=key)
+        with torch.no_grad():
+            fr = nets.target(diffuse(x0, eps, r), r, at_boundary | (r < self.t_prime), cond, key)
+        distance = pseudo_huber(ft, fr, self.c)
+        loss = self.weight(t, r) * distance
+        return loss[~at_boundary].mean() + self.w_b * loss[at_boundary].mean(), {"t": t, "distance": distance}

@@ -1,0 +1,46 @@
+"""The model f: network + preconditioning + jump. The only place where the network is called."""
+
+import torch
+from torch import Tensor, nn
+
+from onejump.precond import EDM, Jump, Precond, ToData
+from onejump.types import Cond, DropoutKey, PerSample, Samples, Times
+
+
+def per_sample(values: PerSample, x: Samples) -> Tensor:
+    """[b] -> [b, 1, ...], to multiply the samples x."""
+    return values.view(-1, *[1] * (x.ndim - 1))
+
+
+class ConsistencyModel(nn.Module):
+    """f(x, t -> s) = a(t, s) x + b(t, s) D(x, t), with D = c_skip x + c_out F(c_in x, c_noise).
+
+    net: called as net(x, c_noise, c_noise_s, cond, key); key holds one dropout key a sample (equal keys, equal masks).
+    t_min: the smallest time a consistency sampler may ask for (t' after TCM's stage 2).
+    autocast: run the network, and only the network, in this precision; skip path, times and output stay float32.
+    """
+
+    def __init__(self, net: nn.Module, precond: Precond | None = None, jump: Jump | None = None, t_min: float = 0.0):
+        super().__init__()
+        self.net = net
+        self.precond = precond or EDM()
+        self.jump = jump or ToData()
+        self.t_min = t_min
+        self.autocast: torch.dtype | None = None
+
+    def denoise(
+        self, x: Samples, t: Times, s: Times | None = None, cond: Cond = None, key: DropoutKey = None
+    ) -> Samples:
+        """The denoiser D(x, t), the model's estimate of E[x0 | x_t = x]."""
+        c_skip, c_out, c_in, c_noise = self.precond(t)
+        c_noise_s = None if s is None else self.precond(s).c_noise
+        with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
+            F = self.net(per_sample(c_in, x) * x, c_noise, c_noise_s, cond, key)
+        return per_sample(c_skip, x) * x + per_sample(c_out, x) * F.to(x.dtype)
+
+    def forward(
+        self, x: Samples, t: Times, s: Times | None = None, cond: Cond = None, key: DropoutKey = None
+    ) -> Samples:
+        """The jump f(x, t -> s); s is None where the jump has one end only."""
+        a, b = self.jump(t, s)
+        return per_sample(a, x) * x + per_sample(b, x) * self.denoise(x, t, s, cond, key)

@@ -1,0 +1,100 @@
+"""What the networks share: dropout whose mask is a function of a key, and the embeddings of noise level and label."""
+
+import math
+
+import torch
+from jaxtyping import Float, Int32, Int64
+from torch import Tensor, nn
+
+from onejump.types import Cond, DropoutKey, Samples, Times, UserError
+
+
+def _signed(value: int, bits: int) -> int:
+    """The integer that a two's complement word of `bits` bits holds after `value` overflowed it."""
+    half = 1 << (bits - 1)
+    return (value + half) % (2 * half) - half
+
+
+def _shift_xor(h: Tensor, shift: int, bits: int) -> Tensor:
+    """h ^ (h >>> shift) in place; torch's shift of signed words copies the sign bit, so it is masked away."""
+    return h.bitwise_xor_((h >> shift).bitwise_and_((1 << (bits - shift)) - 1))
+
+
+def _key_words(key: Int64[Tensor, " b"], layer: int) -> Int32[Tensor, "b 2"]:
+    """Output number `layer` of splitmix64 seeded with key, as two words: neighbouring keys share nothing."""
+    h = key + _signed((layer + 1) * 0x9E3779B97F4A7C15, 64)
+    h = _shift_xor(h, 30, 64).mul_(_signed(0xBF58476D1CE4E5B9, 64))
+    h = _shift_xor(h, 27, 64).mul_(_signed(0x94D049BB133111EB, 64))
+    return _shift_xor(h, 31, 64).unsqueeze(1).view(torch.int32)
+
+
+def keyed_dropout(x: Samples, key: Int64[Tensor, " b"], layer: int, p: float) -> Samples:
+    """Zero each element of x with probability p and scale the others by 1 / (1 - p).
+
+    Whether element i of sample b is kept is a pure function of (key[b], layer, i): a hash in 32-bit integers, with no
+    generator behind it. Equal keys give equal masks in every network, batch, device and compiled graph.
+    """
+    k0, k1 = _key_words(key, layer).split(1, dim=1)
+    i = torch.arange(math.prod(x.shape[1:]), dtype=torch.int32, device=x.device)
+    h = (i * _signed(0x9E3779B1, 32)) ^ k0
+    h = h.mul_(_signed(0x85EBCA6B, 32))
+    h = _shift_xor(h, 16, 32).mul_(k1 | 1)
+    h = _shift_xor(h, 15, 32).mul_(_signed(0xC2B2AE35, 32))
+    keep = h >= round(p * 2**32) - 2**31  # h is uniform on [-2^31, 2^31)
+    return x * keep.view(x.shape).to(x.dtype).mul_(1 / (1 - p))
+
+
+def new_keys(n: int, device: torch.device) -> Int64[Tensor, " n"]:
+    """n fresh dropout keys from torch's generator."""
+    return torch.randint(2**63 - 1, (n,), device=device)
+
+
+class Dropout(nn.Module):
+    """Keyed dropout in train mode, the identity in eval mode. `layer` numbers the dropout layers of one network."""
+
+    def __init__(self, p: float, layer: int):
+        super().__init__()
+        if not 0 <= p < 1:
+            raise UserError(f"dropout={p}: a probability in [0, 1) is needed")
+        self.p, self.layer = p, layer
+
+    def forward(self, x: Samples, key: DropoutKey) -> Samples:
+        if not self.training or self.p == 0:
+            return x
+        return keyed_dropout(x, new_keys(len(x), x.device) if key is None else key, self.layer, self.p)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, layer={self.layer}"
+
+
+def sinusoidal(c_noise: Times, frequencies: Float[Tensor, " n"]) -> Float[Tensor, "b 2*n"]:
+    """[sin(w c_noise), cos(w c_noise)] for each angular frequency w."""
+    angle = c_noise[:, None] * frequencies.to(c_noise)
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+def label_vectors(cond: Cond, label_dim: int, x: Samples) -> Float[Tensor, "b d"]:
+    """cond as one float vector a sample, on x's device and in its dtype.
+
+    int64 [b] class labels become one-hot vectors (all zero for a class outside [0, label_dim): looking would stall the
+    device), float [b, label_dim] vectors are taken as they are, None becomes zeros: "no label".
+    Raises UserError where the shape of cond does not fit the network.
+    """
+    if cond is None:
+        return x.new_zeros(len(x), label_dim)
+    if label_dim == 0:
+        raise UserError("cond: labels were given to a network without classes (label_dim=0); pass cond=None")
+    if cond.shape == (len(x),) and not cond.is_floating_point():
+        return (cond[:, None] == torch.arange(label_dim, device=x.device)).to(x.dtype)
+    if cond.shape == (len(x), label_dim) and cond.is_floating_point():
+        return cond.to(x)
+    raise UserError(
+        f"cond: {cond.dtype} of shape {tuple(cond.shape)} does not fit; pass int64 [{len(x)}] class labels or "
+        f"float [{len(x)}, {label_dim}] vectors"
+    )
+
+
+def refuse_second_time(c_noise_s: Times | None, network: str) -> None:
+    """Raise UserError if a second time is given to a network that has no embedding for it."""
+    if c_noise_s is not None:
+        raise UserError(f"c_noise_s: {network} embeds one time only; use a jump that ends at the data (s=None)")

@@ -1,0 +1,125 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from golden_data import f64, golden
+from scipy import stats
+
+from onejump.times import (
+    Discretisation,
+    LogNormal,
+    LogStudentT,
+    ict_levels,
+    karras_grid,
+    lognormal_index,
+    lognormal_pmf,
+)
+
+
+@pytest.mark.parametrize("n", [2, 10, 18, 40])
+def test_karras_grid_equals_the_published_codes(n):
+    expected = golden("samplers")[f"karras_grid/{n}"][::-1].copy()
+    torch.testing.assert_close(karras_grid(n), f64(expected), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("steps", [400_000, 800_000])
+def test_ict_curriculum_doubles_as_published(steps):
+    data = golden("ict")
+    at = data[f"LYMDLUT/iCT_curriculum/K{steps}_steps"]
+    expected = data[f"iCT_N(k)/K{steps}"]
+    assert [ict_levels(int(k), steps, 10, 1280) for k in at] == expected.tolist()
+
+
+def test_ict_curriculum_levels_at_each_eighth():
+    levels = [ict_levels(k, 400_000, 10, 1280) for k in range(0, 400_000, 50_000)]
+    assert levels == [11, 21, 41, 81, 161, 321, 641, 1281]
+
+
+@pytest.mark.parametrize("n", [11, 21, 81, 1281])
+def test_lognormal_mass_on_the_grid(n):
+    expected = f64(golden("ict")[f"lognormal_pmf/N{n}"])  # from a float32 grid
+    torch.testing.assert_close(
+        lognormal_pmf(karras_grid(n), -1.1, 2.0), expected, rtol=2e-3 if n > 100 else 2e-5, atol=0
+    )
+
+
+def test_lognormal_mass_of_the_finest_grid():
+    p = lognormal_pmf(karras_grid(1281), -1.1, 2.0)
+    assert abs(p[0] - 1.4982e-4) < 5e-9
+    assert abs(p[-1] - 2.0109e-5) < 5e-10
+
+
+def test_lognormal_index_follows_its_mass():
+    torch.manual_seed(0)
+    grid = karras_grid(11)
+    n = 200_000
+    share = lognormal_index(grid, n, -1.1, 2.0).bincount(minlength=10) / n
+    p = lognormal_pmf(grid, -1.1, 2.0)
+    assert ((share - p).abs() < 5 * (p * (1 - p) / n).sqrt()).all()
+
+
+def test_truncated_lognormal_quantiles():
+    data = golden("tcm")
+    u = f64(data["t_sampler/u_grid"])
+    t = LogNormal(-1.1, 2.0).quantile(u, 0.002, 80.0)
+    torch.testing.assert_close(t.log(), f64(data["t_sampler/truncnorm_quantiles"]), rtol=1e-9, atol=1e-9)
+
+
+def test_untruncated_lognormal_moments():
+    torch.manual_seed(0)
+    log_t = LogNormal(-1.1, 2.0)(400_000, torch.device("cpu")).log()
+    assert abs(log_t.mean() + 1.1) < 5 * 2 / 400_000**0.5
+    assert abs(log_t.std() - 2.0) < 5 * 2 / 800_000**0.5
+
+
+def test_truncated_log_student_t_quantiles():
+    data = golden("tcm")
+    u = f64(data["t_sampler/u_grid"])
+    t = LogStudentT(0.0, 0.2, 0.01).quantile(u, 1.0, 80.0)
+    torch.testing.assert_close(t.log(), f64(data["t_sampler/truncated_t_quantiles(df.01)"]), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("mu", "sigma", "df"), [(0.0, 0.2, 0.01), (0.0, 0.2, 2.0), (-0.3, 2.0, 1e4)])
+def test_log_student_t_table_is_the_exact_inverse_between_its_nodes(mu, sigma, df):
+    u = torch.rand(3000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    t = LogStudentT(mu, sigma, df).quantile(u, 1.0, 80.0)
+    student = stats.t(df)
+    a, b = student.cdf((math.log(1.0) - mu) / sigma), student.cdf((math.log(80.0) - mu) / sigma)
+    exact = np.exp(mu + sigma * student.ppf(a + (b - a) * u.numpy()))
+    np.testing.assert_allclose(t.numpy(), exact, rtol=1e-6)
+
+
+@pytest.mark.parametrize("q", [2, 4, 256])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3, 5, 8, 10])
+def test_r_of_ect(q, stage):
+    data = golden("ect")
+    law = Discretisation(q=q, double_every=1000)
+    for step in (stage * 1000, stage * 1000 + 999):
+        assert law.ratio(step) == float(data[f"ratio/q{q}_stage{stage}"])
+        r = law.r(torch.from_numpy(data["t_grid"]), step)
+        torch.testing.assert_close(r, torch.from_numpy(data[f"r/q{q}_stage{stage}"]), rtol=1e-6, atol=1e-7)
+
+
+def test_r_of_ect_with_other_sigmoids():
+    data = golden("ect")
+    r = Discretisation(q=2, double_every=1, k=4, b=2).r(torch.from_numpy(data["t_grid"]), 3)
+    torch.testing.assert_close(r, torch.from_numpy(data["r/q2_stage3_k4_b2"]), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("q", "limit"), [(2, 0.999), (2, 0.9961), (4, 0.999), (4, 0.9961)])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3, 5, 8, 10, 12])
+def test_delta_of_tcm(q, limit, stage):
+    data = golden("tcm")
+    law = Discretisation(q=q, double_every=1, ratio_limit=limit, r_min=1e-6)
+    assert law.ratio(stage) == float(data[f"ratio/q{q}_lim{limit}_stage{stage}"])
+    t = f64(data["t_grid"])
+    torch.testing.assert_close(
+        t - law.r(t, stage), f64(data[f"delta/q{q}_lim{limit}_stage{stage}"]), rtol=5e-6, atol=1e-9
+    )
+
+
+def test_the_exponent_is_the_papers_ceil_counted_from_one():
+    law = Discretisation(q=2, double_every=25_000)
+    for i in (1, 24_999, 25_000, 25_001, 50_000, 50_001):
+        assert law.ratio(i - 1) == 1 - 1 / 2 ** math.ceil(i / 25_000)
