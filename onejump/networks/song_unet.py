@@ -21,7 +21,7 @@ from torch.nn.functional import avg_pool2d, interpolate, scaled_dot_product_atte
 from onejump.networks.layers import Dropout, label_vectors, refuse_second_time, sinusoidal
 from onejump.types import Cond, DropoutKey, Times, UserError
 
-Maps = Float[Tensor, "b c h w"]
+Maps = Float[Tensor, "b _ _ _"]  # [batch, channels, height, width]
 L = TypeVar("L", nn.Linear, nn.Conv2d)
 SQRT_HALF = 0.5**0.5  # keeps the variance of a sum of two branches
 
@@ -86,12 +86,8 @@ def xavier(layer: L, gain: float = 1.0) -> L:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    groups = min(32, channels // 4)
-    if channels % groups:
-        raise UserError(
-            f"model_channels, channel_mult: {groups} groups do not divide a layer of {channels} channels; "
-            "make model_channels a multiple of 32"
-        )
+    """min(32, channels / 4) groups as in EDM, or the next smaller number that divides the channels."""
+    groups = next(g for g in range(min(32, channels // 4), 0, -1) if channels % g == 0)
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 

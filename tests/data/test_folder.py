@@ -85,9 +85,14 @@ def test_sub_folders_are_classes_in_sorted_order(make):
 
 
 def test_one_folder_around_everything_is_looked_through(make):
-    images = load_images(make({"photos/x/a.png": flat(RED), "photos/y/b.png": flat(BLUE), "photos/z.txt": "x"}))
+    images = load_images(make({"photos/x/a.png": flat(RED), "photos/y/b.png": flat(BLUE), "notes.txt": "x"}))
     assert images.class_names == ("x", "y")
-    assert load_images(make({"photos/x/a.png": flat(RED), "photos/y/b.png": flat(BLUE)})).n == 2
+    assert images.labels.tolist() == [0, 1]
+
+
+def test_a_single_class_is_no_class(make):
+    images = load_images(make({"cat/a.png": flat(RED), "cat/b.png": flat(BLUE)}))
+    assert images.n == 2 and images.labels is None
 
 
 def test_hidden_files_are_ignored(make):

@@ -132,4 +132,4 @@ def test_the_split_parts_the_digits():
     assert torch.equal(held_out.images, digits().images[::5]) and torch.equal(held_out.labels, digits().labels[::5])
     together = torch.cat([training.images, held_out.images]).flatten(1)
     assert torch.equal(together.unique(dim=0), digits().images.flatten(1).unique(dim=0))
-    assert held_out.labels.bincount().min() >= 30
+    assert held_out.labels.bincount(minlength=10).min() >= 20  # enough of every class to judge by

@@ -113,13 +113,15 @@ def test_kid_equals_the_double_loop(monkeypatch):
 
 
 def test_kid_is_unbiased():
-    pool = correlated(40, 5, seed=9)
+    pool = normal(40, 5, seed=9)
     splits = [torch.randperm(40, generator=torch.Generator().manual_seed(i)) for i in range(400)]
     values = torch.tensor([kid(pool[order[:20]], pool[order[20:]]) for order in splits])
     # over all splits of one pool the expectation is that of two draws of the same law: 0
     assert abs(values.mean()) < 4 * values.std() / len(values) ** 0.5
     assert (values < 0).any()
-    assert kid(pool, pool + 1) > values.max()
+    diagonal = (pool.square().sum(1) / 5 + 1).pow(3).mean() / 20  # what each set's own pairs would add
+    assert diagonal > 10 * values.std() / len(values) ** 0.5
+    assert kid(pool[:20], pool[20:] + 1) > values.max()
 
 
 def test_nearest_neighbours_equal_a_direct_search(monkeypatch):

@@ -131,7 +131,8 @@ def test_compiled_dropout_is_one_graph_and_equals_eager(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_masks_equal_cpu_masks():
+def test_cuda_masks_equal_cpu_masks(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     x, key = torch.randn(32, 64, 16, 16), torch.randint(2**63 - 1, (32,))
     dropout = Dropout(0.3, 5)
     compiled = torch.compile(dropout, fullgraph=True)

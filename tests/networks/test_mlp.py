@@ -25,7 +25,7 @@ def test_starts_at_zero_with_live_gradients():
 
 
 def test_fits_the_denoiser_of_a_gaussian():
-    """For x0 ~ N(0, 0.25) the best F of EDM (sigma_data = 0.5) is 0; for N(m, 0.25) it is a known function of x and t."""
+    """For x0 ~ N(m, 0.25) the best F of EDM (sigma_data = 0.5) is a known function of t; for m = 0 it is 0."""
     torch.manual_seed(0)
     net, m = MLPConfig(shape=(2,), width=64, depth=2).build(), torch.tensor([1.0, -0.5])
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
