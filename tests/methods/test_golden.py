@@ -12,23 +12,6 @@ from onejump.methods.tcm import TCM, Truncated
 from onejump.times import Discretisation, LogNormal, LogStudentT
 
 
-@pytest.fixture
-def draws(monkeypatch):
-    """Makes torch draw recorded noise and times (by the uniforms that their distribution maps to them)."""
-
-    def replay(eps, t, distribution, low=0.0, high=float("inf")):
-        ts = f64(t)
-        u_low, u_high = torch.zeros_like(ts), torch.ones_like(ts)
-        for _ in range(80):  # bisection for u with quantile(u) = t
-            u = (u_low + u_high) / 2
-            below = distribution.quantile(u, low, high) < ts
-            u_low, u_high = torch.where(below, u, u_low), torch.where(below, u_high, u)
-        monkeypatch.setattr(torch, "rand", lambda *_, **__: u)
-        monkeypatch.setattr(torch, "randn_like", lambda _: torch.as_tensor(eps))
-
-    return replay
-
-
 @pytest.mark.parametrize("c", [0.0, 0.06, 1e-8])
 @pytest.mark.parametrize("stage", [0, 3, 8])
 def test_ect_loss(draws, c, stage):
