@@ -131,7 +131,7 @@ def _write(temporary: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapp
     save_file(_without_aliases(tensors), tensors_file)
     content = {"step": step, "meta": dict(meta), "tensors_sha256": _sha256(tensors_file)}
     content["checksum"] = _checksum(content)
-    meta_file.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    meta_file.write_text(json.dumps(content, indent=1, allow_nan=False))
     shutil.copymode(meta_file, tensors_file)  # safetensors writes files that only their owner may read
     for path in (tensors_file, meta_file, temporary):
         _sync(path)

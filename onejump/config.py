@@ -37,6 +37,7 @@ class Stage:
 
     method: DSM | ICT | ECT | TCM
     steps: int
+    count_on: bool = False  # steps are counted on from the stage before (TCM's stage 2); else from 0
     batch: int = 64  # images an optimiser step
     micro_batch: int = 0  # images a pass, their gradients averaged; 0: the whole batch
     optimizer: Optimizer = RAdam()
@@ -74,7 +75,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A chain of stages: each starts from the EMA of the one before it, and goes on counting its steps."""
+    """A chain of stages: each starts from the EMA of the one before it."""
 
     name: str
     network: Network
@@ -86,11 +87,21 @@ class Recipe:
     evaluate_every: int = 200
     evaluation: Evaluation = Evaluation()
 
+    def first_step(self, name: str) -> int:
+        """The count at which this stage starts."""
+        names = list(self.stages)
+        if not self.stages[name].count_on:
+            return 0
+        before = names[names.index(name) - 1]
+        return self.first_step(before) + self.stages[before].steps
+
     def __post_init__(self) -> None:
         at_least(0, seed=self.seed)
         every = {f.name: getattr(self, f.name) for f in fields(self) if f.name.endswith("_every")}
-        at_least(1, **every)
+        at_least(0, **every)  # 0: only at the end of a stage
         taken = {f.name for f in fields(Recipe) + fields(Stage)} | {"type", "report"}
+        if self.stages and next(iter(self.stages.values())).count_on:
+            raise UserError(f"{next(iter(self.stages))}.count_on: the first stage has none before it; use false")
         for name, stage in self.stages.items():
             if name in taken or not re.fullmatch(r"\w[\w-]*", name):
                 raise UserError(f"stages: {name!r} is no name for a stage; use a plain word, such as stage1")

@@ -6,9 +6,9 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ def time_bin(t: Tensor) -> Tensor:
 
 @dataclass
 class RunningSums:
-    """Sums over the steps since the last log line. The tensors stay on the device; skipped steps count for time only."""
+    """Sums over the steps since the last log line; the tensors stay on the device. Skipped steps count in time only."""
 
     loss: Tensor
     grad_norm: Tensor
@@ -142,6 +142,7 @@ def _scalars(line: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]
             yield prefix + name, float(value)
 
 
+@runtime_checkable
 class Progress(Protocol):
     """Where training shows how far it is. Steps are counted within the stage."""
 
@@ -155,9 +156,9 @@ class Progress(Protocol):
     def close(self) -> None: ...
 
 
-def progress_for(title: str, stream: IO[str] = sys.stderr) -> Progress:
-    """A live bar on a terminal, plain lines elsewhere."""
-    return ProgressBar(title) if stream.isatty() else ProgressLines(title, stream)
+def progress_for(title: str) -> Progress:
+    """A live bar if standard error is a terminal, plain lines elsewhere."""
+    return ProgressBar(title) if sys.stderr.isatty() else ProgressLines(title)
 
 
 @dataclass
@@ -165,7 +166,6 @@ class ProgressLines:
     """One line of text per log interval, and no more than one in 10 seconds."""
 
     title: str
-    stream: IO[str] = field(default_factory=lambda: sys.stderr)
     every: float = 10.0  # seconds
     total: int = 0
     first: tuple[int, float] = (0, 0.0)  # steps done and the clock at the start
@@ -183,7 +183,7 @@ class ProgressLines:
         self.message(f"{done}/{self.total}  {summary(metrics)}  {duration(left)} left")
 
     def message(self, text: str) -> None:
-        print(f"{self.title}: {text}", file=self.stream, flush=True)
+        print(f"{self.title}: {text}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         pass

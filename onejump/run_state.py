@@ -51,7 +51,7 @@ class Run:
         for model in models_of(nets):
             model.to(device).train().autocast = PRECISIONS[stage.precision]
             for p in model.parameters() if model is not nets.student else ():
-                frozen.update(p.detach().cpu().contiguous().numpy())
+                frozen.update(p.detach().cpu().contiguous().numpy().data)
         return cls(
             student=nets.student,
             ema=ema,
@@ -137,8 +137,8 @@ class Run:
         if meta["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(meta["scaler"])
         device = self.sums.loss.device
-        sums = {name: tensors[f"sums/{name}"].to(device) for name in self.sums.tensors()}
-        self.sums = dataclasses.replace(self.sums, **sums, **meta["sums"])
+        sums: dict[str, Any] = {name: tensors[f"sums/{name}"].to(device) for name in self.sums.tensors()}
+        self.sums = RunningSums(**sums, **meta["sums"])
         self.step, self.skipped, self.skipped_in_row = saved.step, meta["skipped"], meta["skipped_in_row"]
         self.train_seconds, self.seconds_before = meta["train_seconds"], meta["seconds"]
 
@@ -169,5 +169,5 @@ def _load(module: nn.Module, prefix: str, saved: Checkpoint) -> None:
         module.load_state_dict(state)
     except RuntimeError as error:
         raise UserError(
-            f"{saved.path}: its weights do not fit this network; train with the recipe of that run, or into a new folder"
+            f"{saved.path}: its weights do not fit this network; train with that run's recipe, or into a new folder"
         ) from error

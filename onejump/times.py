@@ -77,8 +77,8 @@ class LogStudentT:
 
     def quantile(self, u: Tensor, low: float, high: float) -> Tensor:
         """The time below which the share u (float64, in [0, 1]) of the mass lies: cubic Hermite on the exact table."""
-        x, slope = _student_t_table(self.df, *((math.log(t) - self.mu) / self.sigma for t in (low, high)))
-        x, slope = torch.from_numpy(x).to(u.device), torch.from_numpy(slope).to(u.device)
+        table = _student_t_table(self.df, *((math.log(t) - self.mu) / self.sigma for t in (low, high)))
+        x, slope = (torch.from_numpy(column).to(u.device) for column in table)
         cells = len(x) - 1
         i = (u * cells).long().clamp(0, cells - 1)
         h = u * cells - i

@@ -53,7 +53,7 @@ class TrainResult:
     train_seconds: float  # without sampling, evaluating and saving
     images: int
     skipped: int  # steps whose gradient was not finite
-    checkpoint: Path
+    path: Path  # of the last checkpoint
 
 
 class Interrupted(Exception):
@@ -129,9 +129,7 @@ def train(
                     raise Interrupted(run.step, path)
             reports.at_step()
     images, path = stage.steps * stage.batch, checkpoint_path(folder, last_step)
-    return TrainResult(
-        run.ema, first_step, last_step, **run.clock(), images=images, skipped=run.skipped, checkpoint=path
-    )
+    return TrainResult(run.ema, first_step, last_step, **run.clock(), images=images, skipped=run.skipped, path=path)
 
 
 def check(stage: Stage, step: int, last_step: int, world: int) -> None:
@@ -191,10 +189,8 @@ def accumulate(
 
 
 def diverged(step: int, folder: Path) -> UserError:
-    steps = saved_steps(folder)
-    last = (
-        f"the last good checkpoint is {checkpoint_path(folder, steps[-1])}" if steps else "there is no checkpoint yet"
-    )
+    saved = saved_steps(folder)
+    last = f"the last good checkpoint is {checkpoint_path(folder, saved[-1])}" if saved else "none is saved yet"
     return UserError(
         f"step {step}: the loss or its gradient was not finite {SKIPS_IN_A_ROW} steps in a row; {last}; "
         "try a lower rate, precision=bf16 or fp32, or a smaller clip"

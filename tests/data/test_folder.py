@@ -172,10 +172,10 @@ def test_transparency_is_laid_on_white(tmp_path):
 
 
 def test_sixteen_bits_are_scaled_to_eight(tmp_path):
-    values = np.array([[0, 128, 129], [257, 32768, 65535]], np.uint16)
+    values = np.array([[0, 128, 129], [257, 51400, 65535]], np.uint16)
     data = encode(Image.fromarray(values))
     images = load_images(write(tmp_path, {"a.png": data, "b.png": data}))
-    assert images.images[0, 0].tolist() == [[0, 0, 1], [1, 128, 255]]
+    assert images.images[0, 0].tolist() == [[0, 0, 1], [1, 200, 255]]
 
 
 def test_exif_orientation_is_applied(tmp_path):

@@ -1,0 +1,190 @@
+"""The command line. Nothing heavy is imported before a command needs it.
+
+A command first reads what it was given (mistakes end with exit code 2), then works (failures end with 1).
+"""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onejump import __version__, cli_model
+from onejump.cli_input import check_name, device_of, images_of
+from onejump.recipes import NAMES
+
+if TYPE_CHECKING:
+    import torch
+
+    from onejump.config import Recipe
+    from onejump.data.image_set import ImageSet
+
+Work = Callable[[], None]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns its exit code: 0, 1 (failed), 2 (wrong use) or 130 (interrupted, can go on)."""
+    args = read(argv)
+    from onejump.types import UserError
+
+    code = 2
+    try:
+        work = args.command(args)
+        code = 1
+        work()
+        return 0
+    except UserError as error:
+        print(f"onejump: {error}", file=sys.stderr)
+        return code
+    except KeyboardInterrupt:
+        print("\nonejump: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        return unexpected(error)
+
+
+def read(argv: list[str] | None) -> argparse.Namespace:
+    """Options and overrides in any order (argparse alone takes overrides only in one piece)."""
+    top = parser()
+    args, rest = top.parse_known_args(argv)
+    if any(word.startswith("-") for word in rest) or (rest and "overrides" not in args):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    return args
+
+
+def unexpected(error: Exception) -> int:
+    """Training that was asked to stop is no failure; a full disk is one line; the rest is a defect of ours."""
+    from onejump.train import Interrupted
+
+    if isinstance(error, Interrupted):
+        again = shlex.join(["onejump", *sys.argv[1:]])
+        print(f"\nonejump: saved at step {error.step} ({error.path}). Go on with:\n  {again}", file=sys.stderr)
+        return 130
+    if isinstance(error, OSError):
+        print(f"onejump: {error.filename or 'input/output'}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    raise error
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="onejump", description="Images in one or two network calls: consistency models.")
+    top.add_argument("--version", action="version", version=f"onejump {__version__}")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    recipes = "recipes:\n" + "\n".join(f"  {name:<12} {text}" for name, text in NAMES.items())
+
+    def add(
+        name: str, command: Callable[[argparse.Namespace], Work], text: str, epilog: str = ""
+    ) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name, help=text, description=text, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        made.set_defaults(command=command)
+        return made
+
+    for name, command, text in (
+        ("run", run_command, "the whole chain of a recipe: training, evaluation, report; resumes"),
+        ("train", train_command, "one stage of a recipe; resumes"),
+    ):
+        made = add(name, command, text, recipes)
+        made.add_argument("recipe", help="a recipe's name (see below)")
+        made.add_argument("overrides", nargs="*", metavar="path=value", help="such as stage1.steps=500 or seed=3")
+        made.add_argument("--data", metavar="PATH", help="folder or zip of images (default: scikit-learn's digits)")
+        made.add_argument("--size", type=int, metavar="N", help="crop and resize the images to N x N")
+        made.add_argument("--out", type=Path, metavar="DIR", help="where the run goes (default: runs/RECIPE)")
+        made.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+        made.add_argument("--dry-run", action="store_true", help="print the configuration, time and memory, and stop")
+        made.add_argument("--tensorboard", action="store_true", help="also write TensorBoard's files")
+        if name == "train":
+            made.add_argument("--stage", help="which stage (default: the only one)")
+            made.add_argument("--init", metavar="MODEL", help="start from this model instead of the stage before")
+    cli_model.add_commands(add)
+    return top
+
+
+def recipe_of(args: argparse.Namespace, data: "ImageSet") -> "Recipe":
+    from onejump.overrides import apply_overrides
+    from onejump.recipes import build_recipe
+
+    return apply_overrides(build_recipe(args.recipe, data), args.overrides)
+
+
+def run_command(args: argparse.Namespace) -> Work:
+    from onejump.pipeline import open_run, run
+
+    check_name(args.recipe)
+    data = images_of(args)
+    recipe, device = recipe_of(args, data), device_of(args.device)
+    if args.dry_run:
+        return lambda: dry_run(recipe, data, device)
+    out = args.out or Path("runs") / args.recipe
+    open_run(recipe, data, out, device)
+
+    def work() -> None:
+        report = run(recipe, data, out, device, args.tensorboard)
+        print_results(out)
+        print(f"Report: {report}")
+
+    return work
+
+
+def train_command(args: argparse.Namespace) -> Work:
+    from dataclasses import replace
+
+    from onejump.config import did_you_mean
+    from onejump.evaluate import Judge, detector_for
+    from onejump.pipeline import open_run, starting_model, train_stage
+    from onejump.types import UserError
+
+    check_name(args.recipe)
+    data = images_of(args)
+    recipe, device = recipe_of(args, data), device_of(args.device)
+    names = list(recipe.stages)
+    stage = args.stage or (names[0] if len(names) == 1 else None)
+    if stage not in names:
+        asked = f"no {stage!r}" if stage else "say which"
+        raise UserError(f"--stage: {asked}; there are {', '.join(names)}{did_you_mean(stage or '', names)}")
+    if args.dry_run:
+        return lambda: dry_run(replace(recipe, stages={stage: recipe.stages[stage]}), data, device)
+    out = args.out or Path("runs") / args.recipe
+    starting_model(recipe, stage, out, args.init)
+    open_run(recipe, data, out, device)
+    judge = Judge(data, detector_for(data))
+    return lambda: train_stage(recipe, stage, judge, out, device, args.tensorboard, args.init)
+
+
+def dry_run(recipe: "Recipe", data: "ImageSet", device: "torch.device") -> None:
+    from onejump.estimate import estimate
+    from onejump.metrics_log import duration
+    from onejump.overrides import describe
+
+    print(describe(recipe))
+    shape = "x".join(map(str, data.shape))
+    print(f"\n{data.n} images of {shape}, {data.classes or 'no'} classes ({data.name})")
+    estimates = estimate(recipe, data, device)
+    for name, guess in estimates.items():
+        print(f"{name:<12} about {duration(guess.seconds):>8}, {guess.bytes / 2**20:,.0f} MiB on {device}")
+    total = sum(guess.seconds for guess in estimates.values())
+    print(f"{'in all':<12} about {duration(total):>8} (measured on a few passes)")
+
+
+def print_results(out: Path) -> None:
+    import json
+
+    content = json.loads((out / "evaluation.json").read_text())
+    print(f"\nFrechet distance ({content['detector']}, {content['reference']['n']} real images)")
+    for name, stage in content["stages"].items():
+        for steps, numbers in stage["steps"].items():
+            line = f"  {name:<10} {steps:>3} step(s), {numbers['nfe']:>3} network calls  {numbers['frechet']:8.3f}"
+            if "confidence" in numbers:
+                sure = numbers["confidence"]
+                asked = "" if sure["as_asked"] is None else f", {sure['as_asked']:.1%} read as the class asked for"
+                balance = f", classes {numbers['balance_distance']:.1%} off balance"
+                line += f"   classifier confidence {sure['mean']:.3f}{asked}{balance}"
+            print(line)

@@ -1,0 +1,194 @@
+"""The commands on finished models and runs: sample, evaluate, report, show."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onejump.cli_input import check_name, device_of, images_of, numbers_of
+from onejump.recipes import NAMES
+
+if TYPE_CHECKING:
+    from onejump.saved import SavedModel
+    from onejump.types import Images
+
+Work = Callable[[], None]
+
+
+def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Their options; `add` makes a command."""
+    made = add("sample", sample_command, "images from a model")
+    made.add_argument("model", help="a model's folder, or a run's (its last stage)")
+    made.add_argument("--n", type=int, default=60, help="how many (default: %(default)s)")
+    made.add_argument("--steps", type=int, help="network calls (default: 1; a diffusion teacher: 18 Heun steps)")
+    made.add_argument("--times", metavar="T,T,..", help="falling noise levels instead of the model's own, such as 80,1")
+    made.add_argument("--class", dest="label", metavar="NAME", help="one class only (default: all in turn)")
+    made.add_argument("--seed", type=int, default=0, help="image k depends on (seed, k) alone (default: %(default)s)")
+    made.add_argument("--out", type=Path, default=Path("samples.png"), help="grid .png, arrays .npz, or a folder")
+    made.add_argument("--device", help="cpu, cuda, ...")
+    made = add("evaluate", evaluate_command, "Frechet distance and the rest, as JSON")
+    made.add_argument("model", help="a model's folder, or a run's (its last stage)")
+    made.add_argument("--data", metavar="PATH", help="folder or zip of real images (default: digits)")
+    made.add_argument("--size", type=int, metavar="N", help="crop and resize them to N x N")
+    made.add_argument("--steps", metavar="N,N", help="numbers of steps (default: 1,2; a diffusion teacher: 18)")
+    made.add_argument("--n", type=int, default=2000, help="samples for each (default: %(default)s)")
+    made.add_argument("--seed", type=int, default=1234, help="(default: %(default)s)")
+    made.add_argument("--out", type=Path, metavar="FILE", help="write the record there too")
+    made.add_argument("--device", help="cpu, cuda, ...")
+    made = add("report", report_command, "make a run's report.html again")
+    made.add_argument("run", type=Path, help="a run's folder")
+    made = add("show", show_command, "what a model or a recipe is")
+    made.add_argument("what", help="a model's or run's folder, or a recipe's name")
+    made.add_argument("--data", metavar="PATH", help="images for a recipe (default: digits)")
+    made.add_argument("--size", type=int, metavar="N", help="crop and resize them to N x N")
+
+
+def sample_command(args: argparse.Namespace) -> Work:
+    from onejump.samplers import Heun, Multistep, refuse_below
+    from onejump.saved import load_model
+    from onejump.types import UserError
+
+    if args.n < 1:
+        raise UserError(f"--n {args.n}: at least one image")
+    saved = load_model(args.model)
+    saved.model.to(device_of(args.device))
+    sampler, steps = saved.sampler, args.steps or (18 if isinstance(saved.sampler, Heun) else 1)
+    if args.times:
+        if isinstance(sampler, Heun):
+            raise UserError("--times: this is a diffusion model, whose sampler takes --steps only")
+        first, *mid = numbers_of("--times", args.times, float)
+        sampler, steps = Multistep(first, tuple(mid)), 1 + len(mid)
+    times = sampler.times(steps)
+    if isinstance(sampler, Multistep):
+        refuse_below(saved.model.t_min, times)
+    label = None if args.label is None else class_number(args.label, saved.class_names)
+
+    def work() -> None:
+        import torch
+
+        from onejump.generate import balanced_labels, generate
+
+        labels = balanced_labels(args.n, len(saved.class_names))
+        if label is not None:
+            labels = torch.full((args.n,), label)
+        images = generate(saved.model, sampler, steps, range(args.n), saved.shape, labels, args.seed)
+        write_samples(images, labels, args.out, 10 if len(saved.class_names) in (0, 10) else len(saved.class_names))
+        print(f"{args.n} images, times {', '.join(f'{t:g}' for t in times)}, seed {args.seed}: {args.out}")
+
+    return work
+
+
+def class_number(name: str, class_names: tuple[str, ...]) -> int:
+    from onejump.config import did_you_mean
+    from onejump.types import UserError
+
+    if not class_names:
+        raise UserError(f"--class {name}: this model was trained without classes")
+    if name not in class_names:
+        some = ", ".join(class_names[:20])
+        raise UserError(f"--class: no {name!r}; there are {some}{did_you_mean(name, class_names)}")
+    return class_names.index(name)
+
+
+def write_samples(images: "Images", labels: object, out: Path, columns: int) -> None:
+    """One grid (.png), arrays (.npz: images uint8 [n, h, w, c] and labels), or a folder of PNGs."""
+    import numpy as np
+    import torch
+
+    from onejump.report import contact_sheet, to_picture
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".npz":
+        arrays = {"images": images.permute(0, 2, 3, 1).numpy()}
+        np.savez(out, **arrays, **({"labels": labels.numpy()} if isinstance(labels, torch.Tensor) else {}))
+    elif out.suffix == ".png":
+        contact_sheet(images, min(columns, len(images)), out)
+    else:
+        out.mkdir(exist_ok=True)
+        for k, image in enumerate(images):
+            to_picture(image).save(out / f"{k:06d}.png")
+
+
+def evaluate_command(args: argparse.Namespace) -> Work:
+    from onejump.samplers import Heun, Multistep, refuse_below
+    from onejump.saved import load_model
+    from onejump.types import UserError
+
+    saved, data = load_model(args.model), images_of(args)
+    if data.shape != saved.shape:
+        real, made = ("x".join(map(str, shape)) for shape in (data.shape, saved.shape))
+        raise UserError(f"--data: the images are {real}, the model makes {made}; see --size")
+    if args.n < 2:
+        raise UserError(f"--n {args.n}: a distance needs at least 2 samples")
+    default = "18" if isinstance(saved.sampler, Heun) else "1,2"
+    steps = numbers_of("--steps", args.steps or default, int)
+    for k in steps:
+        times = saved.sampler.times(k)
+        if isinstance(saved.sampler, Multistep):
+            refuse_below(saved.model.t_min, times)
+    saved.model.to(device_of(args.device))
+
+    def work() -> None:
+        from onejump.evaluate import Judge, detector_for, evaluate
+        from onejump.pipeline import versions, write_json
+
+        judge = Judge(data, detector_for(data))
+        record = {"model": str(args.model), "provenance": saved.provenance, "reference": judge.reference}
+        record |= evaluate(judge, saved.model, saved.sampler, steps, args.n, args.seed) | {"versions": versions()}
+        print(json.dumps(record, indent=1))
+        if args.out:
+            write_json(args.out, record)
+
+    return work
+
+
+def report_command(args: argparse.Namespace) -> Work:
+    from onejump.types import UserError
+
+    if not (args.run / "recipe.json").is_file():
+        raise UserError(f"{args.run}: not a run's folder (no recipe.json)")
+
+    def work() -> None:
+        from onejump.report import write_report
+
+        print(f"Report: {write_report(args.run)}")
+
+    return work
+
+
+def show_command(args: argparse.Namespace) -> Work:
+    if args.what in NAMES or not Path(args.what).exists():
+        from onejump.overrides import describe
+        from onejump.recipes import build_recipe
+
+        check_name(args.what)
+        recipe = build_recipe(args.what, images_of(args))
+        return lambda: print(describe(recipe))
+    from onejump.saved import load_model
+
+    saved = load_model(args.what)
+    return lambda: show(saved)
+
+
+def show(saved: "SavedModel") -> None:
+    """What it is, where it came from, how it is sampled, and its preconditioning at a few times."""
+    import torch
+
+    parameters = sum(p.numel() for p in saved.model.net.parameters())
+    rows = {
+        "images": "x".join(map(str, saved.shape)),
+        "classes": f"{len(saved.class_names)}: {', '.join(saved.class_names[:20])}" if saved.class_names else "none",
+        "network": saved.network,
+        "parameters": f"{parameters:,} ({parameters * 4 / 2**20:.1f} MiB)",
+        "preconditioning": saved.model.precond,
+        "sampler": saved.sampler,
+        "smallest time": f"t' = {saved.model.t_min:g}" if saved.model.t_min else "any",
+        **{key: value if not isinstance(value, dict) else value.get("type") for key, value in saved.provenance.items()},
+    }
+    for name, value in rows.items():
+        print(f"{name:<17} {value}")
+    t = torch.tensor([0.002, 0.02, 0.1, 0.5, 1.0, 2.0, 10.0, 80.0])
+    print(f"\n{'t':>8} {'c_skip':>10} {'c_out':>10} {'c_in':>10} {'c_noise':>10}")
+    for time, *scalings in zip(t.tolist(), *(c.tolist() for c in saved.model.precond(t)), strict=True):
+        print(f"{time:8g} " + " ".join(f"{value:10.5f}" for value in scalings))

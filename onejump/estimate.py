@@ -1,0 +1,68 @@
+"""What a run will take: a few real passes are timed and their memory counted."""
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from onejump.config import Recipe, Stage
+from onejump.data.image_set import ImageSet
+from onejump.methods.tcm import TCM
+from onejump.model import ConsistencyModel
+from onejump.samplers import Heun
+
+PROBE = 32  # images in a timed pass, unless the stage's own are fewer
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """seconds: training plus evaluation; bytes: weights, gradients, optimiser, EMA, frozen net, activations."""
+
+    seconds: float
+    bytes: int
+
+
+def estimate(recipe: Recipe, data: ImageSet, device: torch.device) -> dict[str, Estimate]:
+    """One estimate a stage, by running its loss forwards and backwards on real images; nothing is kept."""
+    return {name: estimate_stage(recipe, stage, data, device) for name, stage in recipe.stages.items()}
+
+
+def estimate_stage(recipe: Recipe, stage: Stage, data: ImageSet, device: torch.device) -> Estimate:
+    at_once = stage.micro_batch or stage.batch
+    probe = replace(stage, batch=min(PROBE, at_once))
+    nets = stage.method.nets(ConsistencyModel(recipe.network.build(), stage.precond, stage.jump).to(device).train())
+    last_step = 10**9  # the end of any curriculum, where no target is skipped
+    saved: dict[int, int] = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    seconds = []
+    for _ in range(3):
+        x0, cond = data.batch(0, probe.batch, recipe.seed, device=device)
+        began = time.perf_counter()
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss, _ = stage.method.loss(nets, x0, cond, last_step, last_step)
+        loss.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - began)
+        activations, saved = sum(saved.values()), {}
+    weights = sum(p.numel() * p.element_size() for p in nets.student.parameters())
+    copies = 5 + isinstance(stage.method, TCM)  # weights, gradients, two moments, EMA; the frozen network
+    training = min(seconds) * stage.steps * stage.batch / probe.batch
+    forward = min(seconds) / probe.batch / (4 if not isinstance(stage.sampler, Heun) else 3)
+    return Estimate(
+        seconds=training + forward * evaluation_passes(recipe, stage),
+        bytes=copies * weights + activations * at_once // probe.batch,
+    )
+
+
+def evaluation_passes(recipe: Recipe, stage: Stage) -> int:
+    """Network passes over single images, outside training."""
+    n, during = recipe.evaluation.n, stage.steps // recipe.evaluate_every + 1
+    if isinstance(stage.sampler, Heun):
+        return n * (2 * recipe.evaluation.teacher_steps - 1)
+    return n * (during + sum(recipe.evaluation.steps))

@@ -1,0 +1,113 @@
+"""How good a model's samples are: the numbers of evaluation.json."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from onejump.data.image_set import ImageSet
+from onejump.evaluation.features import Detector, DigitsDetector, PixelDetector
+from onejump.evaluation.metrics import (
+    GaussianStatistics,
+    class_balance,
+    class_shares,
+    confidence,
+    frechet_distance,
+    kid,
+    nearest_neighbours,
+)
+from onejump.generate import balanced_labels, generate
+from onejump.model import ConsistencyModel
+from onejump.samplers import Heun, Sampler
+from onejump.types import Images
+
+
+def detector_for(data: ImageSet) -> Detector:
+    """The digits classifier for digits; for any other images their pixels, area-averaged to 8x8."""
+    return DigitsDetector() if data.name.startswith("digits") else PixelDetector()
+
+
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """Real images, and the detector through which samples are compared with them."""
+
+    data: ImageSet
+    detector: Detector
+
+    @cached_property
+    def features(self) -> torch.Tensor:
+        return self.detector(self.data.images)
+
+    @cached_property
+    def statistics(self) -> GaussianStatistics:
+        return GaussianStatistics.of(self.features)
+
+    @cached_property
+    def reference(self) -> dict[str, Any]:
+        """What the numbers are measured against, and what real images themselves would get."""
+        order = torch.randperm(self.data.n, generator=torch.Generator().manual_seed(0))
+        a, b = self.features[order].tensor_split(2)
+        return {
+            "n": self.data.n,
+            "fingerprint": self.data.fingerprint,
+            "detector": self.detector.name,
+            "detector_sha256": self.detector.hash,
+            "real_half_frechet": frechet_distance(a, b) if len(b) > 1 else None,
+            "nearest_rms_of_real": self._nearest_of_real(),
+        }
+
+    def _nearest_of_real(self) -> float:
+        """Mean distance of a real image to its nearest other real image: leave-one-out on up to 1,000 of them."""
+        images = self.data.images
+        distances = []
+        for half, other in ((images[::2], images[1::2]), (images[1::2], images[::2])):
+            distances.append(nearest_neighbours(half[:500], other)[1])
+        return torch.cat(distances).mean().item()
+
+    def frechet(self, images: Images) -> float:
+        return frechet_distance(self.detector(images), self.statistics)
+
+    def numbers(self, images: Images, labels: torch.Tensor | None) -> dict[str, Any]:
+        """Every number of one set of samples."""
+        features = self.detector(images)
+        return {
+            "frechet": frechet_distance(features, self.statistics),
+            "kid": kid(features, self.features),
+            "n": len(images),
+            "nearest_rms": nearest_neighbours(images[:1000], self.data.images)[1].mean().item(),
+            **self._reading(images, labels),
+        }
+
+    def _reading(self, images: Images, labels: torch.Tensor | None) -> dict[str, Any]:
+        if not isinstance(self.detector, DigitsDetector):
+            return {}
+        from onejump.evaluation.digits_classifier import load_digits_classifier
+
+        assert self.data.labels is not None
+        probabilities = load_digits_classifier().probabilities(images)
+        balance = class_balance(probabilities, class_shares(self.data.labels, 10))
+        sure = confidence(probabilities, labels)
+        return {
+            "class_balance": list(balance.shares),
+            "balance_distance": balance.total_variation,
+            "confidence": {"mean": sure.mean, "above_0.9": sure.above_90, "as_asked": sure.as_asked},
+        }
+
+
+def evaluate(
+    judge: Judge, model: ConsistencyModel, sampler: Sampler, steps: Sequence[int], n: int, seed: int, batch: int = 512
+) -> dict[str, Any]:
+    """{"steps": {"1": numbers, "2": numbers}} of n samples each, images 0 .. n - 1 of this seed."""
+    labels = balanced_labels(n, judge.data.classes)
+    out = {}
+    for k in steps:
+        began = time.perf_counter()
+        images = generate(model, sampler, k, range(n), judge.data.shape, labels, seed, batch)
+        seconds = time.perf_counter() - began
+        numbers = judge.numbers(images, labels)
+        nfe = 2 * k - 1 if isinstance(sampler, Heun) else k
+        out[str(k)] = {**numbers, "times": sampler.times(k), "nfe": nfe, "seed": seed, "seconds": seconds}
+    return {"sampler": {"type": type(sampler).__name__, **asdict(sampler)}, "steps": out}

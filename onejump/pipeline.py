@@ -1,0 +1,206 @@
+"""A recipe from start to end: its stages one after the other, evaluation, report. Each part resumes."""
+
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onejump import __version__
+from onejump.config import Recipe, to_json
+from onejump.data.image_set import ImageSet
+from onejump.evaluate import Judge, detector_for, evaluate
+from onejump.evaluation.metrics import nearest_neighbours
+from onejump.generate import balanced_labels, generate
+from onejump.metrics_log import progress_for
+from onejump.model import ConsistencyModel
+from onejump.report import contact_sheet, write_report
+from onejump.samplers import Heun
+from onejump.saved import SavedModel, load_model, save_model
+from onejump.train import Every, mix, train
+from onejump.types import Images, UserError
+
+GRID = 60  # images in a contact sheet: 6 rows of 10, so that each column is a class of the digits
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def run(recipe: Recipe, data: ImageSet, out: Path, device: torch.device, tensorboard: bool = False) -> Path:
+    """Every stage, the evaluation and the report; what is finished already is left as it is. Returns the report."""
+    open_run(recipe, data, out, device)
+    judge = Judge(data, detector_for(data))
+    for name in recipe.stages:
+        train_stage(recipe, name, judge, out, device, tensorboard)
+    evaluate_run(recipe, judge, out, device)
+    return write_report(out)
+
+
+def open_run(recipe: Recipe, data: ImageSet, out: Path, device: torch.device) -> None:
+    """Writes recipe.json and run.json, or checks that the folder's are of this very run."""
+    about = {"name": data.name, "n": data.n, "shape": list(data.shape), "classes": data.classes}
+    about |= {"class_names": list(data.class_names), "fingerprint": data.fingerprint}
+    if (out / "recipe.json").exists():
+        difference = first_difference(read_json(out / "recipe.json"), to_json(recipe))
+        if not difference and read_json(out / "run.json")["data"]["fingerprint"] != data.fingerprint:
+            difference = "other images"
+        if difference:
+            raise UserError(f"{out} holds another run ({difference}); give another --out, or delete that folder")
+        return
+    content = {
+        "data": about,
+        "versions": versions(),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "seed": recipe.seed,
+        "command": "onejump " + " ".join(sys.argv[1:]),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
+    write_json(out / "run.json", content)
+    write_json(out / "recipe.json", to_json(recipe))
+
+
+def train_stage(
+    recipe: Recipe, name: str, judge: Judge, out: Path, device: torch.device, tensorboard: bool, init: str | None = None
+) -> None:
+    """Trains one stage from the EMA of the stage before it (or of the model `init`), unless it is finished."""
+    stage, folder = recipe.stages[name], out / name
+    if (folder / "stage.json").exists():
+        say(f"{name}: finished before, kept")
+        return
+    model = starting_model(recipe, name, out, init)
+    student_shape, n = judge.data.shape, recipe.evaluation.n
+    labels = balanced_labels(n, judge.data.classes)
+    steps = recipe.evaluation.teacher_steps if isinstance(stage.sampler, Heun) else 1
+    seed = recipe.evaluation.seed
+
+    def on_sample(ema: ConsistencyModel, step: int) -> None:
+        grid_labels = balanced_labels(GRID, judge.data.classes)
+        images = generate(ema, stage.sampler, steps, range(GRID), student_shape, grid_labels, seed)
+        contact_sheet(images, 10, folder / "samples" / f"step-{step:08d}.png")
+
+    def on_evaluate(ema: ConsistencyModel, step: int) -> dict[str, Any]:
+        if isinstance(stage.sampler, Heun):  # dozens of network calls an image: evaluated once, at the end
+            return {"frechet": {}}
+        images = generate(ema, stage.sampler, 1, range(n), student_shape, labels, seed)
+        return {"frechet": {"1": judge.frechet(images)}}
+
+    result = train(
+        stage,
+        stage.method.nets(model),
+        judge.data,
+        folder,
+        seed=recipe.seed,
+        first_step=recipe.first_step(name),
+        every=Every(recipe.log_every, recipe.save_every, recipe.sample_every, recipe.evaluate_every),
+        device=device,
+        progress=progress_for(name),
+        on_sample=on_sample,
+        on_evaluate=on_evaluate,
+        tensorboard=tensorboard,
+    )
+    origin = {"recipe": recipe.name, "stage": name, "step": result.last_step, "seed": recipe.seed}
+    origin |= {"data": judge.data.name, "data_fingerprint": judge.data.fingerprint, "method": to_json(stage.method)}
+    saved = SavedModel(result.ema, recipe.network, stage.sampler, student_shape, judge.data.class_names, origin)
+    save_model(folder / "model", saved)
+    numbers = {"first_step": result.first_step, "last_step": result.last_step, "seconds": result.train_seconds}
+    numbers |= {"seconds_on_the_clock": result.seconds, "images": result.images, "skipped": result.skipped}
+    write_json(folder / "stage.json", numbers | {"parameters": sum(p.numel() for p in result.ema.parameters())})
+
+
+def starting_model(recipe: Recipe, name: str, out: Path, init: str | None) -> ConsistencyModel:
+    """Random weights from the recipe's seed, or those of the stage before."""
+    stage, names = recipe.stages[name], list(recipe.stages)
+    before = names[names.index(name) - 1] if name != names[0] else None
+    torch.manual_seed(mix(recipe.seed, names.index(name), 0, 0))
+    net = recipe.network.build()
+    if init or before:
+        source = load_model(init or out / str(before))
+        if source.network != recipe.network:
+            raise UserError(f"{init or before}: its network is {source.network}, this recipe has {recipe.network}")
+        net.load_state_dict(source.model.net.state_dict())
+    return ConsistencyModel(net, stage.precond, stage.jump)
+
+
+def evaluate_run(recipe: Recipe, judge: Judge, out: Path, device: torch.device) -> None:
+    """evaluation.json and the pictures of the report: every stage from the same noise."""
+    wanted, path = recipe.evaluation, out / "evaluation.json"
+    if path.exists():
+        say("evaluation: finished before, kept")
+        return
+    labels, shape, stages = balanced_labels(GRID, judge.data.classes), judge.data.shape, {}
+    contact_sheet(real_images(judge.data, labels), 10, out / "report" / "real.png")
+    for name in recipe.stages:
+        saved = load_model(out / name)
+        model = saved.model.to(device)
+        steps = (wanted.teacher_steps,) if isinstance(saved.sampler, Heun) else wanted.steps
+        say(f"evaluation: {name}, {wanted.n} images with {' and '.join(map(str, steps))} step(s)")
+        stages[name] = evaluate(judge, model, saved.sampler, steps, wanted.n, wanted.seed)
+        for k in steps:
+            images = generate(model, saved.sampler, k, range(GRID), shape, labels, wanted.seed)
+            contact_sheet(images, 10, out / "report" / f"{name}-{k}step.png")
+            if k == steps[0]:
+                pairs = beside_neighbours(images[:30], judge.data.images)
+                contact_sheet(pairs, 10, out / "report" / f"neighbours-{name}.png")
+    write_json(path, {"detector": judge.detector.name, "reference": judge.reference, "stages": stages})
+
+
+def real_images(data: ImageSet, labels: torch.Tensor | None) -> Images:
+    """As many real images as a sheet holds, of the classes that the samples were asked for."""
+    if labels is None or data.labels is None:
+        return data.images[torch.arange(GRID) % data.n]
+    of_class = [torch.nonzero(data.labels == c).flatten() for c in range(data.classes)]
+    rows = [of_class[c][(i // data.classes) % len(of_class[c])] for i, c in enumerate(labels.tolist())]
+    return data.images[torch.stack(rows)]
+
+
+def beside_neighbours(samples: Images, training: Images) -> Images:
+    """Rows of ten samples, each row followed by the nearest training images."""
+    nearest = training[nearest_neighbours(samples, training)[0]]
+    return torch.cat([rows for pair in zip(samples.split(10), nearest.split(10), strict=True) for rows in pair])
+
+
+def first_difference(old: Any, new: Any, path: str = "") -> str:
+    """ "stage1.steps was 800, now 1000", or "" for equal configurations."""
+    if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
+        below = (first_difference(old[k], new[k], k if path in ("", "stages") else f"{path}.{k}") for k in old)
+        return next((text for text in below if text), "")
+    return "" if old == new else f"{path} was {old}, now {new}"
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    packages = ("torch", "numpy", "scipy", "pillow", "safetensors", "scikit-learn")
+    return {"onejump": __version__, "python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {os.cpu_count()} cores)"
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); give another --out, or delete that folder") from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Whole or not at all."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}")
+        draft.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(draft, path)
+    except OSError as error:
+        raise UserError(
+            f"{path}: could not write ({error.strerror}); free space and run the same command again"
+        ) from error

@@ -1,0 +1,78 @@
+"""The main job, small enough for a laptop: the whole chain of the papers on 8x8 digits, or on images of your own."""
+
+from onejump.config import Evaluation, Recipe, Stage
+from onejump.data.image_set import ImageSet
+from onejump.ema import PowerEMA
+from onejump.methods.dsm import DSM
+from onejump.methods.ect import ECT
+from onejump.methods.ict import ICT
+from onejump.methods.tcm import TCM
+from onejump.networks.song_unet import SongUNetConfig
+from onejump.optim import CosineRate
+from onejump.precond import EDM
+from onejump.samplers import Heun, Multistep
+from onejump.times import Discretisation, LogStudentT
+from onejump.types import UserError
+
+
+def small_unet(data: ImageSet) -> SongUNetConfig:
+    """Two levels at 8x8; one more for each doubling of the side, attention at the lowest."""
+    channels, height, width = data.shape
+    if height != width or height % 4 or height < 8:
+        raise UserError(f"images are {height}x{width}: this network needs squares of 8, 12, 16, ...; give --size 32")
+    levels = 2
+    while height % 2**levels == 0 and height >> levels >= 8:
+        levels += 1
+    return SongUNetConfig(
+        img_resolution=height,
+        img_channels=channels,
+        label_dim=data.classes,
+        model_channels=32,
+        channel_mult=(1, *[2] * (levels - 1)),
+        num_blocks=1,
+        attn_resolutions=(height >> (levels - 1),),
+        dropout=0.1,
+    )
+
+
+def digits(data: ImageSet) -> Recipe:
+    """Teacher (EDM) -> stage 1 (ECT) -> stage 2 (TCM). The curriculum has as few doublings as so short a run bears."""
+    curriculum = Discretisation(q=2, double_every=250, ratio_limit=0.96875)
+    teacher = Stage(DSM(), steps=1200, batch=128, rate=CosineRate(2e-3), ema=PowerEMA(), sampler=Heun())
+    stage1 = Stage(
+        ECT(delta=curriculum, t_min=0.002, t_max=80.0),
+        steps=1000,
+        batch=128,
+        rate=CosineRate(1e-3),
+        ema=PowerEMA(),
+        sampler=Multistep(mid=(0.8,)),
+    )
+    stage2 = Stage(
+        TCM(LogStudentT(mu=0.0, sigma=0.2, df=0.01), curriculum, t_prime=1.0, rho=0.25, w_b=0.1),
+        steps=500,
+        count_on=True,
+        batch=128,
+        rate=CosineRate(5e-4),
+        ema=PowerEMA(),
+        sampler=Multistep(mid=(1.0,)),
+    )
+    return Recipe(
+        name="digits",
+        network=small_unet(data),
+        stages={"teacher": teacher, "stage1": stage1, "stage2": stage2},
+        evaluation=Evaluation(n=2000, steps=(1, 2), teacher_steps=10),
+    )
+
+
+def digits_ict(data: ImageSet) -> Recipe:
+    """iCT, its curriculum cut to five doublings."""
+    stage = Stage(
+        ICT(s0=10, s1=160),
+        steps=2500,
+        batch=128,
+        rate=CosineRate(1e-3),
+        ema=PowerEMA(),
+        precond=EDM(sigma_min=0.002),
+        sampler=Multistep(mid=(0.821,)),
+    )
+    return Recipe(name="digits-ict", network=small_unet(data), stages={"ict": stage})
