@@ -20,7 +20,8 @@ from onejump.types import Images, UserError
 CELL, GAP, GREY = 32, 2, 128  # of contact sheets: least side of an image and gap, in pixels; brightness of the gap
 TERMS = {
     "t": "the noise level: an image with noise of standard deviation t added, pixels from \N{MINUS SIGN}1 to 1",
-    "Steps": "jumps from noise to an image; each step after the first adds some noise again and jumps once more",
+    "Steps": "jumps from noise to an image, with some noise added again before each further one; the diffusion "
+    "teacher steps along its differential equation instead",
     "NFE": "number of function evaluations, the network calls for one image; they are what sampling costs",
     "Fréchet distance": "how far apart real and generated images are as two clouds of features: 0 if they are alike, "
     "lower is better; smaller sets give larger values, so compare equal n only",
