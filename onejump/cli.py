@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        return unexpected(error)
+        return unexpected(error, sys.argv[1:] if argv is None else argv)
 
 
 def read(argv: list[str] | None) -> argparse.Namespace:
@@ -59,12 +59,12 @@ def read(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def unexpected(error: Exception) -> int:
+def unexpected(error: Exception, argv: list[str]) -> int:
     """Training that was asked to stop is no failure; a full disk is one line; the rest is a defect of ours."""
     from onejump.train import Interrupted
 
     if isinstance(error, Interrupted):
-        again = shlex.join(["onejump", *sys.argv[1:]])
+        again = shlex.join(["onejump", *argv])
         print(f"\nonejump: saved at step {error.step} ({error.path}). Go on with:\n  {again}", file=sys.stderr)
         return 130
     if isinstance(error, OSError):
@@ -115,6 +115,13 @@ def recipe_of(args: argparse.Namespace, data: "ImageSet") -> "Recipe":
     return apply_overrides(build_recipe(args.recipe, data), args.overrides)
 
 
+def command_of(args: argparse.Namespace, out: Path) -> str:
+    """The command that makes, or goes on with, the whole run that these arguments belong to."""
+    given = [("--data", args.data), ("--size", args.size), ("--device", args.device), ("--out", out)]
+    options = [word for name, value in given if value is not None for word in (name, str(value))]
+    return shlex.join(["onejump", "run", args.recipe, *args.overrides, *options])
+
+
 def run_command(args: argparse.Namespace) -> Work:
     from onejump.pipeline import open_run, run
 
@@ -124,7 +131,7 @@ def run_command(args: argparse.Namespace) -> Work:
     if args.dry_run:
         return lambda: dry_run(recipe, data, device)
     out = args.out or Path("runs") / args.recipe
-    open_run(recipe, data, out, device)
+    open_run(recipe, data, out, device, command_of(args, out))
 
     def work() -> None:
         report = run(recipe, data, out, device, args.tensorboard)
@@ -154,7 +161,7 @@ def train_command(args: argparse.Namespace) -> Work:
         return lambda: dry_run(replace(recipe, stages={stage: recipe.stages[stage]}), data, device)
     out = args.out or Path("runs") / args.recipe
     starting_model(recipe, stage, out, args.init)
-    open_run(recipe, data, out, device)
+    open_run(recipe, data, out, device, command_of(args, out))
     judge = Judge(data, detector_for(data))
     return lambda: train_stage(recipe, stage, judge, out, device, args.tensorboard, args.init)
 

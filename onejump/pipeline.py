@@ -18,7 +18,7 @@ from onejump.evaluation.metrics import nearest_neighbours
 from onejump.generate import balanced_labels, generate
 from onejump.metrics_log import progress_for
 from onejump.model import ConsistencyModel
-from onejump.report import contact_sheet, write_report
+from onejump.report import contact_sheet, neighbour_sheet, write_report
 from onejump.samplers import Heun
 from onejump.saved import SavedModel, load_model, save_model
 from onejump.train import Every, mix, train
@@ -32,8 +32,10 @@ def say(text: str) -> None:
 
 
 def run(recipe: Recipe, data: ImageSet, out: Path, device: torch.device, tensorboard: bool = False) -> Path:
-    """Every stage, the evaluation and the report; what is finished already is left as it is. Returns the report."""
-    open_run(recipe, data, out, device)
+    """Every stage, the evaluation and the report, in a folder that open_run has opened. Returns the report.
+
+    What is finished already is left as it is.
+    """
     judge = Judge(data, detector_for(data))
     for name in recipe.stages:
         train_stage(recipe, name, judge, out, device, tensorboard)
@@ -41,7 +43,7 @@ def run(recipe: Recipe, data: ImageSet, out: Path, device: torch.device, tensorb
     return write_report(out)
 
 
-def open_run(recipe: Recipe, data: ImageSet, out: Path, device: torch.device) -> None:
+def open_run(recipe: Recipe, data: ImageSet, out: Path, device: torch.device, command: str) -> None:
     """Writes recipe.json and run.json, or checks that the folder's are of this very run."""
     about = {"name": data.name, "n": data.n, "shape": list(data.shape), "classes": data.classes}
     about |= {"class_names": list(data.class_names), "fingerprint": data.fingerprint}
@@ -58,7 +60,7 @@ def open_run(recipe: Recipe, data: ImageSet, out: Path, device: torch.device) ->
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "seed": recipe.seed,
-        "command": "onejump " + " ".join(sys.argv[1:]),
+        "command": command,
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
     write_json(out / "run.json", content)
@@ -145,8 +147,8 @@ def evaluate_run(recipe: Recipe, judge: Judge, out: Path, device: torch.device) 
             images = generate(model, saved.sampler, k, range(GRID), shape, labels, wanted.seed)
             contact_sheet(images, 10, out / "report" / f"{name}-{k}step.png")
             if k == steps[0]:
-                pairs = beside_neighbours(images[:30], judge.data.images)
-                contact_sheet(pairs, 10, out / "report" / f"neighbours-{name}.png")
+                nearest = judge.data.images[nearest_neighbours(images[:30], judge.data.images)[0]]
+                neighbour_sheet(images[:30], nearest, 10, out / "report" / f"neighbours-{name}.png")
     write_json(path, {"detector": judge.detector.name, "reference": judge.reference, "stages": stages})
 
 
@@ -157,12 +159,6 @@ def real_images(data: ImageSet, labels: torch.Tensor | None) -> Images:
     of_class = [torch.nonzero(data.labels == c).flatten() for c in range(data.classes)]
     rows = [of_class[c][(i // data.classes) % len(of_class[c])] for i, c in enumerate(labels.tolist())]
     return data.images[torch.stack(rows)]
-
-
-def beside_neighbours(samples: Images, training: Images) -> Images:
-    """Rows of ten samples, each row followed by the nearest training images."""
-    nearest = training[nearest_neighbours(samples, training)[0]]
-    return torch.cat([rows for pair in zip(samples.split(10), nearest.split(10), strict=True) for rows in pair])
 
 
 def first_difference(old: Any, new: Any, path: str = "") -> str:
