@@ -92,7 +92,7 @@ def class_number(name: str, class_names: tuple[str, ...]) -> int:
 
 
 def write_samples(images: "Images", labels: object, out: Path, columns: int) -> None:
-    """One grid (.png), arrays (.npz: images uint8 [n, h, w, c] and labels), or a folder of PNGs."""
+    """One grid (.png), arrays (.npz: images uint8 [n, h, w, c] and labels, empty without), or a folder of PNGs."""
     import numpy as np
     import torch
 
@@ -100,8 +100,9 @@ def write_samples(images: "Images", labels: object, out: Path, columns: int) -> 
 
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".npz":
-        arrays = {"images": images.permute(0, 2, 3, 1).numpy()}
-        np.savez(out, **arrays, **({"labels": labels.numpy()} if isinstance(labels, torch.Tensor) else {}))
+        arrays = images.permute(0, 2, 3, 1).numpy()
+        classes = labels.numpy() if isinstance(labels, torch.Tensor) else np.empty(0, np.int64)
+        np.savez(out, images=arrays, labels=classes)
     elif out.suffix == ".png":
         contact_sheet(images, min(columns, len(images)), out)
     else:

@@ -5,13 +5,14 @@ import os
 import platform
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from onejump import __version__
-from onejump.config import Recipe, to_json
+from onejump.config import Evaluation, Recipe, to_json
 from onejump.data.image_set import ImageSet
 from onejump.evaluate import Judge, detector_for, evaluate
 from onejump.evaluation.metrics import nearest_neighbours
@@ -19,7 +20,7 @@ from onejump.generate import balanced_labels, generate
 from onejump.metrics_log import progress_for
 from onejump.model import ConsistencyModel
 from onejump.report import contact_sheet, neighbour_sheet, write_report
-from onejump.samplers import Heun
+from onejump.samplers import Heun, Sampler
 from onejump.saved import SavedModel, load_model, save_model
 from onejump.train import Every, mix, train
 from onejump.types import Images, UserError
@@ -67,48 +68,55 @@ def open_run(recipe: Recipe, data: ImageSet, out: Path, device: torch.device, co
     write_json(out / "recipe.json", to_json(recipe))
 
 
+@dataclass(frozen=True)
+class Watch:
+    """Looks at the EMA model of a stage while it trains: sample grids, and one-step Frechet distances."""
+
+    judge: Judge
+    sampler: Sampler
+    wanted: Evaluation
+    folder: Path
+
+    def images(self, ema: ConsistencyModel, n: int) -> Images:
+        steps = self.wanted.teacher_steps if isinstance(self.sampler, Heun) else 1
+        labels = balanced_labels(n, self.judge.data.classes)
+        return generate(ema, self.sampler, steps, range(n), self.judge.data.shape, labels, self.wanted.seed)
+
+    def on_sample(self, ema: ConsistencyModel, step: int) -> None:
+        contact_sheet(self.images(ema, GRID), 10, self.folder / "samples" / f"step-{step:08d}.png")
+
+    def on_evaluate(self, ema: ConsistencyModel, step: int) -> dict[str, Any]:
+        if isinstance(self.sampler, Heun):  # dozens of network calls an image: evaluated once, at the end
+            return {"frechet": {}}
+        return {"frechet": {"1": self.judge.frechet(self.images(ema, self.wanted.n))}}
+
+
 def train_stage(
     recipe: Recipe, name: str, judge: Judge, out: Path, device: torch.device, tensorboard: bool, init: str | None = None
 ) -> None:
     """Trains one stage from the EMA of the stage before it (or of the model `init`), unless it is finished."""
-    stage, folder = recipe.stages[name], out / name
+    stage, folder, data = recipe.stages[name], out / name, judge.data
     if (folder / "stage.json").exists():
         say(f"{name}: finished before, kept")
         return
-    model = starting_model(recipe, name, out, init)
-    student_shape, n = judge.data.shape, recipe.evaluation.n
-    labels = balanced_labels(n, judge.data.classes)
-    steps = recipe.evaluation.teacher_steps if isinstance(stage.sampler, Heun) else 1
-    seed = recipe.evaluation.seed
-
-    def on_sample(ema: ConsistencyModel, step: int) -> None:
-        grid_labels = balanced_labels(GRID, judge.data.classes)
-        images = generate(ema, stage.sampler, steps, range(GRID), student_shape, grid_labels, seed)
-        contact_sheet(images, 10, folder / "samples" / f"step-{step:08d}.png")
-
-    def on_evaluate(ema: ConsistencyModel, step: int) -> dict[str, Any]:
-        if isinstance(stage.sampler, Heun):  # dozens of network calls an image: evaluated once, at the end
-            return {"frechet": {}}
-        images = generate(ema, stage.sampler, 1, range(n), student_shape, labels, seed)
-        return {"frechet": {"1": judge.frechet(images)}}
-
+    watch = Watch(judge, stage.sampler, recipe.evaluation, folder)
     result = train(
         stage,
-        stage.method.nets(model),
-        judge.data,
+        stage.method.nets(starting_model(recipe, name, out, init)),
+        data,
         folder,
         seed=recipe.seed,
         first_step=recipe.first_step(name),
         every=Every(recipe.log_every, recipe.save_every, recipe.sample_every, recipe.evaluate_every),
         device=device,
         progress=progress_for(name),
-        on_sample=on_sample,
-        on_evaluate=on_evaluate,
+        on_sample=watch.on_sample,
+        on_evaluate=watch.on_evaluate,
         tensorboard=tensorboard,
     )
     origin = {"recipe": recipe.name, "stage": name, "step": result.last_step, "seed": recipe.seed}
-    origin |= {"data": judge.data.name, "data_fingerprint": judge.data.fingerprint, "method": to_json(stage.method)}
-    saved = SavedModel(result.ema, recipe.network, stage.sampler, student_shape, judge.data.class_names, origin)
+    origin |= {"data": data.name, "data_fingerprint": data.fingerprint, "method": to_json(stage.method)}
+    saved = SavedModel(result.ema, recipe.network, stage.sampler, data.shape, data.class_names, origin)
     save_model(folder / "model", saved)
     numbers = {"first_step": result.first_step, "last_step": result.last_step, "seconds": result.train_seconds}
     numbers |= {"seconds_on_the_clock": result.seconds, "images": result.images, "skipped": result.skipped}
