@@ -54,7 +54,7 @@ clean:
 	if [ "$$index" = auto ]; then \
 	  index=; \
 	  if [ "$$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1 \
-	    && ! $(BIN)/pip config list | grep -qE 'index|find-links'; then index=$(CPU_INDEX); fi; \
+	    && ! $(BIN)/pip config list | grep -E 'index|find-links' >/dev/null; then index=$(CPU_INDEX); fi; \
 	fi; \
 	set -x; $(BIN)/pip install --no-deps $${index:+--extra-index-url $$index --retries 1} $(PIP_ARGS) $(TORCH)
 	$(BIN)/pip install -c constraints.txt $(PIP_ARGS) -e .

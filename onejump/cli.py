@@ -97,7 +97,12 @@ def parser() -> argparse.ArgumentParser:
         made.add_argument("overrides", nargs="*", metavar="path=value", help="such as stage1.steps=500 or seed=3")
         made.add_argument("--data", metavar="PATH", help="folder or zip of images (default: scikit-learn's digits)")
         made.add_argument("--size", type=int, metavar="N", help="crop and resize the images to N x N")
-        made.add_argument("--out", type=Path, metavar="DIR", help="where the run goes (default: runs/RECIPE)")
+        made.add_argument(
+            "--out",
+            type=Path,
+            metavar="DIR",
+            help="where the run goes (default: runs/RECIPE, with the name of the images)",
+        )
         made.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
         made.add_argument("--dry-run", action="store_true", help="print the configuration, time and memory, and stop")
         made.add_argument("--tensorboard", action="store_true", help="also write TensorBoard's files")
@@ -115,6 +120,12 @@ def recipe_of(args: argparse.Namespace, data: "ImageSet") -> "Recipe":
     return apply_overrides(build_recipe(args.recipe, data), args.overrides)
 
 
+def default_out(args: argparse.Namespace) -> Path:
+    """runs/RECIPE, or runs/RECIPE-NAME for images called NAME."""
+    images = "" if args.data in (None, "digits") else f"-{Path(args.data).resolve().stem}"
+    return Path("runs") / f"{args.recipe}{images}"
+
+
 def command_of(args: argparse.Namespace, out: Path) -> str:
     """The command that makes, or goes on with, the whole run that these arguments belong to."""
     given = [("--data", args.data), ("--size", args.size), ("--device", args.device), ("--out", out)]
@@ -130,7 +141,7 @@ def run_command(args: argparse.Namespace) -> Work:
     recipe, device = recipe_of(args, data), device_of(args.device)
     if args.dry_run:
         return lambda: dry_run(recipe, data, device)
-    out = args.out or Path("runs") / args.recipe
+    out = args.out or default_out(args)
     open_run(recipe, data, out, device, command_of(args, out))
 
     def work() -> None:
@@ -159,7 +170,7 @@ def train_command(args: argparse.Namespace) -> Work:
         raise UserError(f"--stage: {asked}; there are {', '.join(names)}{did_you_mean(stage or '', names)}")
     if args.dry_run:
         return lambda: dry_run(replace(recipe, stages={stage: recipe.stages[stage]}), data, device)
-    out = args.out or Path("runs") / args.recipe
+    out = args.out or default_out(args)
     starting_model(recipe, stage, out, args.init)
     open_run(recipe, data, out, device, command_of(args, out))
     judge = Judge(data, detector_for(data))
