@@ -46,7 +46,7 @@ clean:
 	    $$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; \
 	  done; \
 	  if [ $$python = none ]; then \
-	    echo "onejump needs Python 3.11 or newer with venv; python3 is $$(python3 --version 2>&1)." \
+	    echo "onejump needs Python 3.11 or newer with venv; python3 is $$(python3 --version 2>/dev/null || echo missing)." \
 	      "Install one (Debian, Ubuntu: apt install python3-venv) and run make again." >&2; exit 1; \
 	  fi; \
 	  $$python -m venv --clear .venv; }

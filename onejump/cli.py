@@ -27,9 +27,11 @@ Work = Callable[[], None]
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, 1 (failed), 2 (wrong use) or 130 (interrupted, can go on)."""
     args = read(argv)
-    from onejump.types import UserError
-
     code = 2
+    try:
+        from onejump.types import UserError  # the first to import torch: half a second in which Ctrl-C may come
+    except KeyboardInterrupt:
+        return 130
     try:
         work = args.command(args)
         code = 1
@@ -39,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"onejump: {error}", file=sys.stderr)
         return code
     except KeyboardInterrupt:
-        print("\nonejump: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        goes_on = "; the same command goes on from the last checkpoint" if "recipe" in args else ""
+        print(f"\nonejump: stopped{goes_on}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -61,6 +64,8 @@ def read(argv: list[str] | None) -> argparse.Namespace:
 
 def unexpected(error: Exception, argv: list[str]) -> int:
     """Training that was asked to stop is no failure; a full disk is one line; the rest is a defect of ours."""
+    from torch import OutOfMemoryError
+
     from onejump.train import Interrupted
 
     if isinstance(error, Interrupted):
@@ -69,6 +74,9 @@ def unexpected(error: Exception, argv: list[str]) -> int:
         return 130
     if isinstance(error, OSError):
         print(f"onejump: {error.filename or 'input/output'}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    if isinstance(error, MemoryError | OutOfMemoryError):
+        print("onejump: out of memory; in training, a smaller STAGE.micro_batch needs less", file=sys.stderr)
         return 1
     raise error
 
@@ -101,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
             "--out",
             type=Path,
             metavar="DIR",
-            help="where the run goes (default: runs/RECIPE, with the name of the images)",
+            help="the run's folder (default: runs/RECIPE[-IMAGES])",
         )
         made.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
         made.add_argument("--dry-run", action="store_true", help="print the configuration, time and memory, and stop")

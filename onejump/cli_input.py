@@ -30,11 +30,14 @@ def device_of(name: str | None) -> "torch.device":
 
     from onejump.types import UserError
 
+    found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if name is None:
+        return torch.device("cuda" if found else "cpu")
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device)
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from error
+        raise UserError(f"--device {name}: not usable here; there are {', '.join(['cpu', *found])}") from error
     return device
 
 
@@ -48,10 +51,21 @@ def check_name(recipe: str) -> None:
 
 
 def numbers_of(option: str, text: str, kind: type) -> list:
-    """ "80,1" as [80.0, 1.0]."""
+    """ "80,1" as [80.0, 1.0]; each above 0."""
     from onejump.types import UserError
 
     try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UserError(f"{option} {text}: numbers with commas between them are needed, such as 80,1") from error
+        numbers = [kind(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(0 < number < float("inf") for number in numbers):
+        example = "80,1" if kind is float else "1,2"
+        raise UserError(f"{option} {text}: numbers above 0 with commas between them are needed, such as {example}")
+    return numbers
+
+
+def check_seed(seed: int) -> None:
+    from onejump.types import UserError
+
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed {seed}: a whole number from 0 to {2**63 - 1} is needed")

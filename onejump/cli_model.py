@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onejump.cli_input import check_name, device_of, images_of, numbers_of
+from onejump.cli_input import check_seed, device_of, images_of, numbers_of
 from onejump.recipes import NAMES
 
 if TYPE_CHECKING:
@@ -51,13 +51,21 @@ def sample_command(args: argparse.Namespace) -> Work:
 
     if args.n < 1:
         raise UserError(f"--n {args.n}: at least one image")
+    check_seed(args.seed)
+    check_kind(args.out)
     saved = load_model(args.model)
     saved.model.to(device_of(args.device))
-    sampler, steps = saved.sampler, args.steps or (18 if isinstance(saved.sampler, Heun) else 1)
+    sampler, steps = saved.sampler, args.steps
+    if steps is None:
+        steps = 18 if isinstance(sampler, Heun) else 1
     if args.times:
         if isinstance(sampler, Heun):
             raise UserError("--times: this is a diffusion model, whose sampler takes --steps only")
+        if args.steps is not None:
+            raise UserError("--steps and --times: give one of them; the number of times is the number of steps")
         first, *mid = numbers_of("--times", args.times, float)
+        if mid != sorted(mid, reverse=True) or max(mid, default=0) > first:
+            raise UserError(f"--times {args.times}: falling noise levels are needed, such as 80,1")
         sampler, steps = Multistep(first, tuple(mid)), 1 + len(mid)
     times = sampler.times(steps)
     if isinstance(sampler, Multistep):
@@ -91,6 +99,14 @@ def class_number(name: str, class_names: tuple[str, ...]) -> int:
     return class_names.index(name)
 
 
+def check_kind(out: Path) -> None:
+    from onejump.types import UserError
+
+    suffix = out.suffix.lower()
+    if suffix.lstrip(".").isalpha() and suffix not in (".png", ".npz") and not out.is_dir():
+        raise UserError(f"--out {out}: end it with .png (a grid) or .npz (arrays), or name a folder without a suffix")
+
+
 def write_samples(images: "Images", labels: object, out: Path, columns: int) -> None:
     """One grid (.png), arrays (.npz: images uint8 [n, h, w, c] and labels, empty without), or a folder of PNGs."""
     import numpy as np
@@ -99,11 +115,11 @@ def write_samples(images: "Images", labels: object, out: Path, columns: int) -> 
     from onejump.report import contact_sheet, to_picture
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    if out.suffix == ".npz":
+    if out.suffix.lower() == ".npz":
         arrays = images.permute(0, 2, 3, 1).numpy()
         classes = labels.numpy() if isinstance(labels, torch.Tensor) else np.empty(0, np.int64)
         np.savez(out, images=arrays, labels=classes)
-    elif out.suffix == ".png":
+    elif out.suffix.lower() == ".png":
         contact_sheet(images, min(columns, len(images)), out)
     else:
         out.mkdir(exist_ok=True)
@@ -122,6 +138,7 @@ def evaluate_command(args: argparse.Namespace) -> Work:
         raise UserError(f"--data: the images are {real}, the model makes {made}; see --size")
     if args.n < 2:
         raise UserError(f"--n {args.n}: a distance needs at least 2 samples")
+    check_seed(args.seed)
     default = "18" if isinstance(saved.sampler, Heun) else "1,2"
     steps = numbers_of("--steps", args.steps or default, int)
     for k in steps:
@@ -132,11 +149,12 @@ def evaluate_command(args: argparse.Namespace) -> Work:
 
     def work() -> None:
         from onejump.evaluate import Judge, detector_for, evaluate
-        from onejump.pipeline import versions, write_json
+        from onejump.pipeline import versions
+        from onejump.saved import write_json
 
         judge = Judge(data, detector_for(data))
         record = {"model": str(args.model), "provenance": saved.provenance, "reference": judge.reference}
-        record |= evaluate(judge, saved.model, saved.sampler, steps, args.n, args.seed) | {"versions": versions()}
+        record |= evaluate(judge, saved, steps, args.n, args.seed) | {"versions": versions()}
         print(json.dumps(record, indent=1))
         if args.out:
             write_json(args.out, record)
@@ -163,13 +181,21 @@ def show_command(args: argparse.Namespace) -> Work:
         from onejump.overrides import describe
         from onejump.recipes import build_recipe
 
-        check_name(args.what)
+        check_what(args.what)
         recipe = build_recipe(args.what, images_of(args))
         return lambda: print(describe(recipe))
     from onejump.saved import load_model
 
     saved = load_model(args.what)
     return lambda: show(saved)
+
+
+def check_what(what: str) -> None:
+    from onejump.config import did_you_mean
+    from onejump.types import UserError
+
+    if what not in NAMES:
+        raise UserError(f"{what}: no such folder, and no such recipe ({', '.join(NAMES)}){did_you_mean(what, NAMES)}")
 
 
 def show(saved: "SavedModel") -> None:

@@ -62,7 +62,8 @@ def estimate_stage(recipe: Recipe, stage: Stage, data: ImageSet, device: torch.d
 
 def evaluation_passes(recipe: Recipe, stage: Stage) -> int:
     """Network passes over single images, outside training."""
-    n, during = recipe.evaluation.n, stage.steps // recipe.evaluate_every + 1
+    n, every = recipe.evaluation.n, recipe.evaluate_every or stage.steps
+    during = stage.steps // every + 1
     if isinstance(stage.sampler, Heun):
         return n * (2 * recipe.evaluation.teacher_steps - 1)
     return n * (during + sum(recipe.evaluation.steps))

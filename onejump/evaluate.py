@@ -20,14 +20,15 @@ from onejump.evaluation.metrics import (
     nearest_neighbours,
 )
 from onejump.generate import balanced_labels, generate
-from onejump.model import ConsistencyModel
-from onejump.samplers import Heun, Sampler
+from onejump.samplers import Heun
+from onejump.saved import SavedModel
 from onejump.types import Images
 
 
 def detector_for(data: ImageSet) -> Detector:
-    """The digits classifier for digits; for any other images their pixels, area-averaged to 8x8."""
-    return DigitsDetector() if data.name.startswith("digits") else PixelDetector()
+    """The digits classifier for digits of its kind; for any other images their pixels, area-averaged to 8x8."""
+    of_its_kind = data.shape == (1, 8, 8) and data.class_names == tuple("0123456789")
+    return DigitsDetector() if of_its_kind else PixelDetector()
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,14 +99,13 @@ class Judge:
 
 
 def evaluate(
-    judge: Judge, model: ConsistencyModel, sampler: Sampler, steps: Sequence[int], n: int, seed: int, batch: int = 512
+    judge: Judge, saved: SavedModel, steps: Sequence[int], n: int, seed: int, batch: int = 512
 ) -> dict[str, Any]:
     """{"steps": {"1": numbers, "2": numbers}} of n samples each, images 0 .. n - 1 of this seed."""
-    labels = balanced_labels(n, judge.data.classes)
-    out = {}
+    sampler, labels, out = saved.sampler, balanced_labels(n, len(saved.class_names)), {}
     for k in steps:
         began = time.perf_counter()
-        images = generate(model, sampler, k, range(n), judge.data.shape, labels, seed, batch)
+        images = generate(saved.model, sampler, k, range(n), saved.shape, labels, seed, batch)
         seconds = time.perf_counter() - began
         numbers = judge.numbers(images, labels)
         nfe = 2 * k - 1 if isinstance(sampler, Heun) else k

@@ -21,7 +21,7 @@ from onejump.metrics_log import progress_for
 from onejump.model import ConsistencyModel
 from onejump.report import contact_sheet, neighbour_sheet, write_report
 from onejump.samplers import Heun, Sampler
-from onejump.saved import SavedModel, load_model, save_model
+from onejump.saved import SavedModel, load_model, save_model, write_json
 from onejump.train import Every, mix, train
 from onejump.types import Images, UserError
 
@@ -96,7 +96,7 @@ def train_stage(
 ) -> None:
     """Trains one stage from the EMA of the stage before it (or of the model `init`), unless it is finished."""
     stage, folder, data = recipe.stages[name], out / name, judge.data
-    if (folder / "stage.json").exists():
+    if finished(folder / "stage.json"):
         say(f"{name}: finished before, kept")
         return
     watch = Watch(judge, stage.sampler, recipe.evaluation, folder)
@@ -129,6 +129,9 @@ def starting_model(recipe: Recipe, name: str, out: Path, init: str | None) -> Co
     before = names[names.index(name) - 1] if name != names[0] else None
     torch.manual_seed(mix(recipe.seed, names.index(name), 0, 0))
     net = recipe.network.build()
+    if before and not init and not (out / before / "stage.json").exists():
+        way_out = f"train --stage {before} first, or give a model with --init"
+        raise UserError(f"{name} starts from {before}, which is not trained yet in {out}: {way_out}")
     if init or before:
         source = load_model(init or out / str(before))
         if source.network != recipe.network:
@@ -140,7 +143,7 @@ def starting_model(recipe: Recipe, name: str, out: Path, init: str | None) -> Co
 def evaluate_run(recipe: Recipe, judge: Judge, out: Path, device: torch.device) -> None:
     """evaluation.json and the pictures of the report: every stage from the same noise."""
     wanted, path = recipe.evaluation, out / "evaluation.json"
-    if path.exists():
+    if finished(path):
         say("evaluation: finished before, kept")
         return
     labels, shape, stages = balanced_labels(GRID, judge.data.classes), judge.data.shape, {}
@@ -150,7 +153,7 @@ def evaluate_run(recipe: Recipe, judge: Judge, out: Path, device: torch.device) 
         model = saved.model.to(device)
         steps = (wanted.teacher_steps,) if isinstance(saved.sampler, Heun) else wanted.steps
         say(f"evaluation: {name}, {wanted.n} images with {' and '.join(map(str, steps))} step(s)")
-        stages[name] = evaluate(judge, model, saved.sampler, steps, wanted.n, wanted.seed)
+        stages[name] = evaluate(judge, saved, steps, wanted.n, wanted.seed)
         for k in steps:
             images = generate(model, saved.sampler, k, range(GRID), shape, labels, wanted.seed)
             contact_sheet(images, 10, out / "report" / f"{name}-{k}step.png")
@@ -192,19 +195,18 @@ def device_name(device: torch.device) -> str:
 
 def read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); give another --out, or delete that folder") from error
+        way_out = "delete recipe.json there and give the same command again if it is this very run, else another --out"
+        raise UserError(f"{path}: cannot be read ({error}); {way_out}") from error
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Whole or not at all."""
+def finished(record: Path) -> bool:
+    """Whether the last thing that a part of the run writes is there, and whole."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}")
-        draft.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(draft, path)
-    except OSError as error:
-        raise UserError(
-            f"{path}: could not write ({error.strerror}); free space and run the same command again"
-        ) from error
+        return isinstance(json.loads(record.read_bytes()), dict)
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        say(f"{record}: damaged, is made again")
+        return False

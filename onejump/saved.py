@@ -1,5 +1,6 @@
 """Our format of a finished model: a folder of config.json, which rebuilds the exact object, and model.safetensors."""
 
+import errno
 import hashlib
 import json
 import os
@@ -33,11 +34,13 @@ class SavedModel:
 
 
 def save_model(folder: Path, saved: SavedModel) -> None:
-    """Writes the folder; config.json, with the checksum of the weights, comes last and whole."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes the folder; config.json, with the checksum of the weights, comes last. Raises UserError if it cannot."""
     weights = {name: value.detach().cpu().contiguous() for name, value in saved.model.net.state_dict().items()}
+    draft = folder / f".{WEIGHTS}"
     try:
-        save_file(weights, folder / WEIGHTS)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(weights, draft)
+        _put_in_place(draft, folder / WEIGHTS)
         content = {
             "format": 1,
             "onejump": __version__,
@@ -51,13 +54,35 @@ def save_model(folder: Path, saved: SavedModel) -> None:
             "provenance": saved.provenance,
             "sha256": _sha256(folder / WEIGHTS),
         }
-        draft = folder / f".{CONFIG}"
-        draft.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(draft, folder / CONFIG)
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{folder}: could not write the model ({error}); free space and run the same command again"
-        ) from error
+        raise not_written(folder / WEIGHTS, error) from error
+    write_json(folder / CONFIG, content)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Whole or not at all, also if the power is cut. Raises UserError if it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}")
+        draft.write_text(json.dumps(content, indent=1) + "\n")
+        _put_in_place(draft, path)
+    except OSError as error:
+        raise not_written(path, error) from error
+
+
+def _put_in_place(draft: Path, path: Path) -> None:
+    """A rename could otherwise reach the disk before the bytes do."""
+    with open(draft, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+
+
+def not_written(path: Path, error: Exception) -> UserError:
+    """What to say, and the way out, when a file could not be written."""
+    reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())  # safetensors has its own
+    no_space = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) or "space" in str(reason)
+    way_out = "free space and run the same command again" if no_space else "give a place that can be written"
+    return UserError(f"{path}: could not write ({reason}); {way_out}")
 
 
 def load_model(path: str | Path) -> SavedModel:
@@ -66,17 +91,23 @@ def load_model(path: str | Path) -> SavedModel:
     try:
         content = json.loads((folder / CONFIG).read_bytes())
         network, precond, jump, sampler = (from_json(content[k]) for k in ("network", "precond", "jump", "sampler"))
-        if not isinstance(precond, EDM) or not isinstance(jump, ToData):
-            raise UserError(f"{folder / CONFIG}: precond and jump are not what their fields say")
+        kinds = isinstance(network, Network), isinstance(precond, EDM), isinstance(jump, ToData)
+        if not all(kinds) or not isinstance(sampler, Sampler):
+            raise ValueError("network, precond, jump or sampler is not what its field says")
+        shape, names = tuple(content["shape"]), tuple(map(str, content["class_names"]))
+        if len(shape) != 3 or not all(isinstance(side, int) and side > 0 for side in shape):
+            raise ValueError(f"shape {shape}: channels, height and width are needed")
         if content["sha256"] != _sha256(folder / WEIGHTS):
-            raise UserError(f"{folder / WEIGHTS} is damaged or was changed: its checksum is not the one in {CONFIG}")
+            raise ValueError(
+                f"the checksum of {WEIGHTS} is not the one in {CONFIG}; copy both again or, in a run's folder, delete "
+                "the stage.json beside them and run the same command again"
+            )
         model = ConsistencyModel(network.build(), precond, jump, float(content["t_min"]))
         model.net.load_state_dict(load_file(folder / WEIGHTS))
-        shape, names = tuple(content["shape"]), tuple(content["class_names"])
         return SavedModel(model.eval().requires_grad_(False), network, sampler, shape, names, content["provenance"])
-    except (OSError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}: this model cannot be read ({type(error).__name__}: {reason})") from error
+    except (OSError, KeyError, TypeError, ValueError, ArithmeticError, RuntimeError, SafetensorError) as error:
+        reason = f"{CONFIG} has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
+        raise UserError(f"{folder}: this model cannot be read ({reason})") from error
 
 
 def model_folder(path: Path) -> Path:

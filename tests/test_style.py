@@ -239,7 +239,7 @@ def test_the_python_examples_in_the_readme_run(tmp_path, monkeypatch):
 
 
 def test_the_commands_in_the_readme_are_valid():
-    from onejump.cli import parser
+    from onejump.cli import read
     from onejump.data.digits import digits
     from onejump.overrides import apply_overrides
     from onejump.recipes import build_recipe
@@ -248,6 +248,6 @@ def test_the_commands_in_the_readme_are_valid():
     commands = [shlex.split(line, comments=True)[1:] for line in re.findall(r"^    (onejump .*)$", text, re.MULTILINE)]
     assert len(commands) >= 8
     for command in commands:
-        args = parser().parse_args(command)
+        args = read(command)
         if command[0] in ("run", "train"):
             apply_overrides(build_recipe(args.recipe, digits()), args.overrides)

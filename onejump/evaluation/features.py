@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from onejump.evaluation.digits_classifier import load_digits_classifier, weights
 from onejump.types import Features, Images
 
 
+@runtime_checkable
 class Detector(Protocol):
     """Images (uint8 [n, c, h, w]) to features (float [n, d]); distances compare only within one (name, hash)."""
 

@@ -38,7 +38,7 @@ def small_unet(data: ImageSet) -> SongUNetConfig:
 def digits(data: ImageSet) -> Recipe:
     """Teacher (EDM) -> stage 1 (ECT) -> stage 2 (TCM). The curriculum has as few doublings as so short a run bears."""
     curriculum = Discretisation(q=2, double_every=250, ratio_limit=0.96875)
-    teacher = Stage(DSM(), steps=1200, batch=128, rate=CosineRate(2e-3), ema=PowerEMA(), sampler=Heun())
+    teacher = Stage(DSM(), steps=1200, batch=128, rate=CosineRate(1e-3), ema=PowerEMA(), sampler=Heun())
     stage1 = Stage(
         ECT(delta=curriculum, t_min=0.002, t_max=80.0),
         steps=1000,
