@@ -106,8 +106,8 @@ def load_model(path: str | Path) -> SavedModel:
         model.net.load_state_dict(load_file(folder / WEIGHTS))
         return SavedModel(model.eval().requires_grad_(False), network, sampler, shape, names, content["provenance"])
     except (OSError, KeyError, TypeError, ValueError, ArithmeticError, RuntimeError, SafetensorError) as error:
-        reason = f"{CONFIG} has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}: this model cannot be read ({reason})") from error
+        reason = f"{CONFIG} has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise UserError(f"{folder}: this model cannot be read ({reason[:400]})") from error
 
 
 def model_folder(path: Path) -> Path:

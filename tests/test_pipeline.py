@@ -241,7 +241,9 @@ class FullDisk:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names open files through /proc")
-@pytest.mark.parametrize("name", ["state.safetensors", "model.safetensors", "config.json", "stage.json", "evaluation.json"])
+@pytest.mark.parametrize(
+    "name", ["state.safetensors", "model.safetensors", "config.json", "stage.json", "evaluation.json"]
+)
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path, capsys, monkeypatch, name):
     out = finished_run(tmp_path)
     before = weights(out)
@@ -285,14 +287,21 @@ def until(done, seconds=60):
 
 def test_interrupted_then_killed_it_ends_with_the_weights_of_an_undisturbed_run(tmp_path):
     """SIGINT in the teacher, SIGKILL in stage 1, then to the end; each time the same command."""
-    longer = ["teacher.steps=600", "stage1.steps=600", "save_every=50", "evaluation.n=20", "evaluate_every=0"]
+    longer = [
+        "teacher.steps=250",
+        "stage1.steps=250",
+        "save_every=25",
+        "evaluation.n=20",
+        "evaluate_every=0",
+        "sample_every=0",
+    ]
     assert main(command(tmp_path / "whole", *longer)) == 0
     out = tmp_path / "run"
     argv = [sys.executable, "-m", "onejump", *command(out, *longer)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
 
     first = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, env=env)
-    until(lambda: (out / "teacher" / "checkpoints" / "step-00000050").exists())
+    until(lambda: (out / "teacher" / "checkpoints" / "step-00000025").exists())
     first.send_signal(signal.SIGINT)
     err = first.communicate(timeout=60)[1]
     assert first.returncode == 130, err
@@ -301,7 +310,7 @@ def test_interrupted_then_killed_it_ends_with_the_weights_of_an_undisturbed_run(
     assert not (out / "teacher" / "stage.json").exists()
 
     second = subprocess.Popen(argv, stderr=subprocess.DEVNULL, env=env)
-    until(lambda: (out / "stage1" / "checkpoints" / "step-00000050").exists())
+    until(lambda: (out / "stage1" / "checkpoints" / "step-00000025").exists())
     second.kill()
     second.wait(timeout=60)
     assert not (out / "stage1" / "stage.json").exists()
