@@ -10,6 +10,7 @@ from onejump.cli_input import check_seed, device_of, images_of, numbers_of
 from onejump.recipes import NAMES
 
 if TYPE_CHECKING:
+    from onejump.samplers import Sampler
     from onejump.saved import SavedModel
     from onejump.types import Images
 
@@ -45,7 +46,6 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def sample_command(args: argparse.Namespace) -> Work:
-    from onejump.samplers import Heun, Multistep, refuse_below
     from onejump.saved import load_model
     from onejump.types import UserError
 
@@ -55,6 +55,30 @@ def sample_command(args: argparse.Namespace) -> Work:
     check_kind(args.out)
     saved = load_model(args.model)
     saved.model.to(device_of(args.device))
+    sampler, steps = sampling(args, saved)
+    label = None if args.label is None else class_number(args.label, saved.class_names)
+
+    def work() -> None:
+        import torch
+
+        from onejump.generate import balanced_labels, generate
+
+        times = sampler.times(steps)
+        labels = balanced_labels(args.n, len(saved.class_names))
+        if label is not None:
+            labels = torch.full((args.n,), label)
+        images = generate(saved.model, sampler, steps, range(args.n), saved.shape, labels, args.seed)
+        write_samples(images, labels, args.out, 10 if len(saved.class_names) in (0, 10) else len(saved.class_names))
+        print(f"{args.n} images, times {', '.join(f'{t:g}' for t in times)}, seed {args.seed}: {args.out}")
+
+    return work
+
+
+def sampling(args: argparse.Namespace, saved: "SavedModel") -> "tuple[Sampler, int]":
+    """The sampler and its number of steps: the model's own, or --times."""
+    from onejump.samplers import Heun, Multistep, refuse_below
+    from onejump.types import UserError
+
     sampler, steps = saved.sampler, args.steps
     if steps is None:
         steps = 18 if isinstance(sampler, Heun) else 1
@@ -70,21 +94,7 @@ def sample_command(args: argparse.Namespace) -> Work:
     times = sampler.times(steps)
     if isinstance(sampler, Multistep):
         refuse_below(saved.model.t_min, times)
-    label = None if args.label is None else class_number(args.label, saved.class_names)
-
-    def work() -> None:
-        import torch
-
-        from onejump.generate import balanced_labels, generate
-
-        labels = balanced_labels(args.n, len(saved.class_names))
-        if label is not None:
-            labels = torch.full((args.n,), label)
-        images = generate(saved.model, sampler, steps, range(args.n), saved.shape, labels, args.seed)
-        write_samples(images, labels, args.out, 10 if len(saved.class_names) in (0, 10) else len(saved.class_names))
-        print(f"{args.n} images, times {', '.join(f'{t:g}' for t in times)}, seed {args.seed}: {args.out}")
-
-    return work
+    return sampler, steps
 
 
 def class_number(name: str, class_names: tuple[str, ...]) -> int:

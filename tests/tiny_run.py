@@ -1,9 +1,11 @@
 """A whole run in two seconds: a tiny MLP on the digits, a handful of steps a stage; and small folders of images."""
 
 import functools
+import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -36,6 +38,10 @@ def command(out: Path, *more: str) -> list[str]:
     return ["run", "digits", *TINY, "--out", str(out), *more]
 
 
+def record(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
 def weights(out: Path) -> dict[str, bytes]:
     """The bytes of every stage's model."""
     return {stage: (out / stage / "model" / "model.safetensors").read_bytes() for stage in STAGES}
@@ -50,3 +56,24 @@ def pictures(folder: Path, n: int = 20, side: int | None = None, classes: int = 
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
     return folder
+
+
+def arrays(out, path, *options):
+    """(images, labels) that `sample` writes as .npz."""
+    assert main(["sample", str(out), "--out", str(path), *options]) == 0
+    with np.load(path) as made:
+        return made["images"], made["labels"]
+
+
+def said(capsys, argv, code):
+    """The one line on standard error with which a command ends."""
+    try:
+        found = main([str(word) for word in argv])
+    except SystemExit as stop:  # argparse's own
+        found = stop.code
+    out, err = capsys.readouterr()
+    assert found == code, err
+    assert "Traceback" not in err and out == ""
+    lines = [line for line in err.splitlines() if "onejump" in line and "usage:" not in line]
+    assert len(lines) == 1, err
+    return lines[0]
