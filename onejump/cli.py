@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,11 +23,14 @@ if TYPE_CHECKING:
     from onejump.data.image_set import ImageSet
 
 Work = Callable[[], None]
+RESULTS = "  {:<12}{:>6}{:>7}{:>9}{:>8}{:>10}{:>13}"  # a line of the results
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, 1 (failed), 2 (wrong use) or 130 (interrupted, can go on)."""
     args = read(argv)
+    # torch's threads spin while they wait; where another program has a core, that makes training many times slower
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     code = 2
     try:
         from onejump.types import UserError  # the first to import torch: half a second in which Ctrl-C may come
@@ -73,7 +77,9 @@ def unexpected(error: Exception, argv: list[str]) -> int:
         print(f"\nonejump: saved at step {error.step} ({error.path}). Go on with:\n  {again}", file=sys.stderr)
         return 130
     if isinstance(error, OSError):
-        print(f"onejump: {error.filename or 'input/output'}: {error.strerror or error}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        way_out = "; free space and run the same command again" if error.errno in (ENOSPC, EDQUOT) else ""
+        print(f"onejump: {where}{error.strerror or error}{way_out}", file=sys.stderr)
         return 1
     if isinstance(error, MemoryError | OutOfMemoryError):
         print("onejump: out of memory; in training, a smaller STAGE.micro_batch needs less", file=sys.stderr)
@@ -142,7 +148,7 @@ def command_of(args: argparse.Namespace, out: Path) -> str:
 
 
 def run_command(args: argparse.Namespace) -> Work:
-    from onejump.pipeline import open_run, run
+    from onejump.pipeline import alone, open_run, run
 
     check_name(args.recipe)
     data = images_of(args)
@@ -153,7 +159,8 @@ def run_command(args: argparse.Namespace) -> Work:
     open_run(recipe, data, out, device, command_of(args, out))
 
     def work() -> None:
-        report = run(recipe, data, out, device, args.tensorboard)
+        with alone(out):
+            report = run(recipe, data, out, device, args.tensorboard)
         print_results(out)
         print(f"Report: {report}")
 
@@ -165,7 +172,7 @@ def train_command(args: argparse.Namespace) -> Work:
 
     from onejump.config import did_you_mean
     from onejump.evaluate import Judge, detector_for
-    from onejump.pipeline import open_run, starting_model, train_stage
+    from onejump.pipeline import alone, open_run, starting_model, train_stage
     from onejump.types import UserError
 
     check_name(args.recipe)
@@ -181,8 +188,12 @@ def train_command(args: argparse.Namespace) -> Work:
     out = args.out or default_out(args)
     starting_model(recipe, stage, out, args.init)
     open_run(recipe, data, out, device, command_of(args, out))
-    judge = Judge(data, detector_for(data))
-    return lambda: train_stage(recipe, stage, judge, out, device, args.tensorboard, args.init)
+
+    def work() -> None:
+        with alone(out):
+            train_stage(recipe, stage, Judge(data, detector_for(data)), out, device, args.tensorboard, args.init)
+
+    return work
 
 
 def dry_run(recipe: "Recipe", data: "ImageSet", device: "torch.device") -> None:
@@ -201,16 +212,22 @@ def dry_run(recipe: "Recipe", data: "ImageSet", device: "torch.device") -> None:
 
 
 def print_results(out: Path) -> None:
+    """One line for each stage and number of steps, within 80 columns."""
     import json
 
     content = json.loads((out / "evaluation.json").read_text())
-    print(f"\nFrechet distance ({content['detector']}, {content['reference']['n']} real images)")
+    reference = content["reference"]
+    print(f"\nFrechet distance ({content['detector']}, {reference['n']} real images)")
+    print(RESULTS.format("stage", "steps", "calls", "Frechet", "sure", "as asked", "off balance"))
     for name, stage in content["stages"].items():
-        for steps, numbers in stage["steps"].items():
-            line = f"  {name:<10} {steps:>3} step(s), {numbers['nfe']:>3} network calls  {numbers['frechet']:8.3f}"
-            if "confidence" in numbers:
-                sure = numbers["confidence"]
-                asked = "" if sure["as_asked"] is None else f", {sure['as_asked']:.1%} read as the class asked for"
-                balance = f", classes {numbers['balance_distance']:.1%} off balance"
-                line += f"   classifier confidence {sure['mean']:.3f}{asked}{balance}"
-            print(line)
+        for steps, found in stage["steps"].items():
+            sure = found.get("confidence", {})
+            shares = (sure.get("mean"), sure.get("as_asked"), found.get("balance_distance"))
+            cells = ("-" if share is None else f"{share:.1%}" for share in shares)
+            print(RESULTS.format(name, steps, found["nfe"], f"{found['frechet']:.3f}", *cells))
+    if reference["real_half_frechet"] is not None:
+        half = f"{reference['real_half_frechet']:.3f}"
+        print(RESULTS.format("real images", "-", "-", half, "-", "-", "-") + "  (half against half)")
+    if sure:
+        print("Sure: a classifier's mean confidence. As asked: it reads the class asked for. Off balance: samples that")
+        print("would have to change class to match the real shares.")

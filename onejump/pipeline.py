@@ -5,6 +5,8 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,21 @@ def open_run(recipe: Recipe, data: ImageSet, out: Path, device: torch.device, co
     }
     write_json(out / "run.json", content)
     write_json(out / "recipe.json", to_json(recipe))
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """While it lasts, no other process trains in this folder. The system lets go of the lock if this one is killed."""
+    with open(out / "run.json", "rb") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ModuleNotFoundError:  # Windows
+            pass
+        except BlockingIOError as error:
+            raise UserError(f"{out}: another process trains there; wait for it, or give another --out") from error
+        yield
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ def out(tmp_path_factory):
 # ------------------------------------------------------------------------------------------------------------ sample
 
 
-def test_image_k_is_the_same_for_any_number_of_arrays(out, tmp_path):
+def test_image_k_is_the_same_for_any_number_of_images(out, tmp_path):
     """Equal noise and label; batches of another size may round another way, by one byte level at most."""
     three, labels = arrays(out, tmp_path / "3.npz", "--n", "3")
     seven, more = arrays(out, tmp_path / "7.npz", "--n", "7")
@@ -120,6 +120,18 @@ def test_a_model_is_judged_by_images_without_its_labels(out, tmp_path, capsys):
     assert main(["evaluate", str(out), "--n", "20", "--data", str(tmp_path)]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["reference"]["n"] == 30 and record["reference"]["detector"] == "pixels-8x8"
+
+
+def test_a_run_ends_with_a_table_of_its_numbers(out, capsys):
+    """Also one that was finished before; every line fits a terminal of 80 columns but for the notes below it."""
+    assert main(["run", "digits", *TINY, "--out", str(out)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    stages = json.loads((out / "evaluation.json").read_text())["stages"]
+    for stage, k, calls in (("teacher", "3", "5"), ("stage1", "1", "1"), ("stage2", "2", "2")):
+        found = stages[stage]["steps"][k]
+        sure = found["confidence"]
+        shares = [f"{share:.1%}" for share in (sure["mean"], sure["as_asked"], found["balance_distance"])]
+        assert [stage, k, calls, f"{found['frechet']:.3f}", *shares] in rows
 
 
 def test_report_makes_the_page_again(out, capsys):

@@ -12,6 +12,7 @@ import pytest
 from tiny_run import command, finished_run, record, weights
 
 from onejump.cli import main
+from onejump.pipeline import alone
 
 
 @pytest.mark.parametrize("name", ["stage2/stage.json", "evaluation.json"])
@@ -110,6 +111,16 @@ def test_a_full_disk_in_the_report_leaves_the_old_one(tmp_path, capsys, monkeypa
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and "No space left on device" in err
     assert (out / "report.html").read_bytes() == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no such lock")
+def test_two_processes_never_train_in_one_folder(tmp_path, capsys):
+    """The second would write over the files of the first."""
+    out = finished_run(tmp_path)
+    with alone(out):
+        assert main(command(out)) == 1
+        assert capsys.readouterr().err.startswith(f"onejump: {out}: another process trains there")
+    assert main(command(out)) == 0
 
 
 def until(done, seconds=60):

@@ -37,8 +37,8 @@ def small_unet(data: ImageSet) -> SongUNetConfig:
 
 def digits(data: ImageSet) -> Recipe:
     """Teacher (EDM) -> stage 1 (ECT) -> stage 2 (TCM). The curriculum has as few doublings as so short a run bears."""
-    curriculum = Discretisation(q=2, double_every=250, ratio_limit=0.96875)
-    teacher = Stage(DSM(), steps=1200, batch=128, rate=CosineRate(1e-3), ema=PowerEMA(), sampler=Heun())
+    curriculum = Discretisation(q=2, double_every=150, ratio_limit=0.984375)
+    teacher = Stage(DSM(), steps=1000, batch=128, rate=CosineRate(1e-3), ema=PowerEMA(), sampler=Heun())
     stage1 = Stage(
         ECT(delta=curriculum, t_min=0.002, t_max=80.0),
         steps=1000,
@@ -49,10 +49,10 @@ def digits(data: ImageSet) -> Recipe:
     )
     stage2 = Stage(
         TCM(LogStudentT(mu=0.0, sigma=0.2, df=0.01), curriculum, t_prime=1.0, rho=0.25, w_b=0.1),
-        steps=500,
+        steps=400,
         count_on=True,
         batch=128,
-        rate=CosineRate(5e-4),
+        rate=CosineRate(2e-3),
         ema=PowerEMA(),
         sampler=Multistep(mid=(1.0,)),
     )
