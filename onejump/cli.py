@@ -29,8 +29,6 @@ RESULTS = "  {:<12}{:>6}{:>7}{:>9}{:>8}{:>10}{:>13}"  # a line of the results
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, 1 (failed), 2 (wrong use) or 130 (interrupted, can go on)."""
     args = read(argv)
-    # torch's threads spin while they wait; where another program has a core, that makes training many times slower
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     code = 2
     try:
         from onejump.types import UserError  # the first to import torch: half a second in which Ctrl-C may come

@@ -122,7 +122,7 @@ def train_stage(
         stage.method.nets(starting_model(recipe, name, out, init)),
         data,
         folder,
-        seed=recipe.seed,
+        seed=mix(recipe.seed, list(recipe.stages).index(name), 0, 1),  # no stage repeats another's noise
         first_step=recipe.first_step(name),
         every=Every(recipe.log_every, recipe.save_every, recipe.sample_every, recipe.evaluate_every),
         device=device,

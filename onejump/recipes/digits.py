@@ -60,7 +60,7 @@ def digits(data: ImageSet) -> Recipe:
         name="digits",
         network=small_unet(data),
         stages={"teacher": teacher, "stage1": stage1, "stage2": stage2},
-        evaluation=Evaluation(n=2000, steps=(1, 2), teacher_steps=10),
+        evaluation=Evaluation(n=2000, steps=(1, 2), teacher_steps=18),
     )
 
 
