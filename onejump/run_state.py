@@ -1,7 +1,6 @@
 """Everything that changes while a stage trains, which is what its checkpoints hold."""
 
 import copy
-import dataclasses
 import hashlib
 import time
 from collections.abc import Mapping
@@ -48,10 +47,11 @@ class Run:
         nets.student.to(device)
         ema = copy.deepcopy(nets.student).eval().requires_grad_(False)
         frozen = hashlib.sha256()
-        for model in models_of(nets):
+        for model in (nets.student, *nets.frozen):
             model.to(device).train().autocast = PRECISIONS[stage.precision]
-            for p in model.parameters() if model is not nets.student else ():
-                frozen.update(p.detach().cpu().contiguous().numpy().data)
+        for p in (p for model in nets.frozen for p in model.parameters()):
+            frozen.update(p.detach().cpu().contiguous().numpy().data)
+        torch.backends.cudnn.allow_tf32 = False  # fp32 is what it says, as in the published runs
         return cls(
             student=nets.student,
             ema=ema,
@@ -141,21 +141,6 @@ class Run:
         self.sums = RunningSums(**sums, **meta["sums"])
         self.step, self.skipped, self.skipped_in_row = saved.step, meta["skipped"], meta["skipped_in_row"]
         self.train_seconds, self.seconds_before = meta["train_seconds"], meta["seconds"]
-
-
-def models_of(nets: Nets) -> list[ConsistencyModel]:
-    """The student and every model that the target is made of, each once; dataclasses are searched field by field."""
-    found: dict[int, ConsistencyModel] = {}
-
-    def search(node: Any) -> None:
-        if isinstance(node, nn.Module):
-            found.update({id(module): module for module in node.modules() if isinstance(module, ConsistencyModel)})
-        elif dataclasses.is_dataclass(node):
-            for part in dataclasses.fields(node):
-                search(getattr(node, part.name))
-
-    search(nets)
-    return list(found.values())
 
 
 def _named(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

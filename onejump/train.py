@@ -88,17 +88,15 @@ def train(
     """
     device, folder, last_step = torch.device(device), out / "checkpoints", first_step + stage.steps
     run = Run.start(stage, nets, first_step, device)
-    saved = load_checkpoint(folder)
-    if saved is not None:
-        run.restore(saved)
+    resumed, warnings = restore(run, folder)
     check(stage, run.step, last_step, world)
     log = RunLog(out, run.step, tensorboard)
     with closing(progress), closing(log), StopOnSignal() as stop:
         progress.start(stage.steps, run.step - first_step)
-        for warning in saved.warnings if saved else ():
+        for warning in warnings:
             progress.message(warning)
         reports = Reports(run, every, last_step, log, on_sample, on_evaluate)
-        if saved is not None:
+        if resumed:
             reports.at_step()  # a kill may have come between the checkpoint and its reports
         while run.step < last_step:
             began = time.perf_counter()
@@ -108,7 +106,7 @@ def train(
             loss, stats = accumulate(stage, nets, x0, cond, run.step, last_step, seed_of, run.scaler)
             run.scaler.unscale_(run.optimizer)
             grad_norm = nn.utils.clip_grad_norm_(run.parameters, stage.clip)
-            finite = bool((loss + grad_norm).isfinite())  # the one wait for the device in a step
+            finite = bool((loss + grad_norm).isfinite())  # waits for the device
             if finite:
                 run.scaler.step(run.optimizer)
                 update_ema(run.ema, run.student, stage.ema.decay(run.step + 1))
@@ -116,8 +114,8 @@ def train(
             run.scaler.update()
             run.optimizer.zero_grad()
             run.count_step(finite, time.perf_counter() - began)
-            if run.skipped_in_row == SKIPS_IN_A_ROW:
-                raise diverged(run.step, folder)
+            if run.skipped_in_row == min(SKIPS_IN_A_ROW, stage.steps):
+                raise diverged(run.step, run.skipped_in_row, folder)
 
             metrics = run.log_line(stage.batch) if due(run.step, every.log, last_step) else None
             if metrics is not None:
@@ -128,8 +126,19 @@ def train(
                 if stop.requested:
                     raise Interrupted(run.step, path)
             reports.at_step()
+        if stop.requested:  # during the last evaluation
+            raise Interrupted(run.step, checkpoint_path(folder, run.step))
     images, path = stage.steps * stage.batch, checkpoint_path(folder, last_step)
     return TrainResult(run.ema, first_step, last_step, **run.clock(), images=images, skipped=run.skipped, path=path)
+
+
+def restore(run: Run, folder: Path) -> tuple[bool, tuple[str, ...]]:
+    """Whether there was a checkpoint to go on from, and one line for every damaged one; its tensors are not kept."""
+    saved = load_checkpoint(folder)
+    if saved is None:
+        return False, ()
+    run.restore(saved)
+    return True, saved.warnings
 
 
 def check(stage: Stage, step: int, last_step: int, world: int) -> None:
@@ -188,11 +197,11 @@ def accumulate(
     return total, {name: torch.cat([stat[name].detach() for stat in stats]) for name in ("t", "distance")}
 
 
-def diverged(step: int, folder: Path) -> UserError:
+def diverged(step: int, skipped: int, folder: Path) -> UserError:
     saved = saved_steps(folder)
     last = f"the last good checkpoint is {checkpoint_path(folder, saved[-1])}" if saved else "none is saved yet"
     return UserError(
-        f"step {step}: the loss or its gradient was not finite {SKIPS_IN_A_ROW} steps in a row; {last}; "
+        f"step {step}: the loss or its gradient was not finite {skipped} steps in a row; {last}; "
         "try a lower rate, precision=bf16 or fp32, or a smaller clip"
     )
 

@@ -17,8 +17,8 @@ from onejump.methods.base import Nets
 from onejump.methods.dsm import DSM
 from onejump.methods.tcm import TCM
 from onejump.optim import ConstantRate, CosineRate
-from onejump.run_state import Run, models_of
-from onejump.train import Every, accumulate, mix
+from onejump.run_state import Run
+from onejump.train import Every, Interrupted, accumulate, mix
 from onejump.types import UserError
 
 NEVER = Every(log=0, save=0, sample=0, evaluate=0)
@@ -214,7 +214,6 @@ def test_student_and_target_run_in_the_stages_precision_and_the_ema_in_float32(t
     nets, seen = stage.method.nets(student()), {}
     for name, model in (("student", nets.student), ("boundary", nets.target.boundary)):
         model.net.first.register_forward_hook(lambda m, x, out, name=name: seen.update({name: out.dtype}))
-        assert model in models_of(nets) and len(models_of(nets)) == 2
 
     def sample(ema, step):
         trained = seen["student"]
@@ -298,3 +297,18 @@ def test_training_works_outside_the_main_thread(tmp_path):
     thread.start()
     thread.join()
     assert results[0].last_step == 3
+
+
+def test_a_short_stage_that_never_trained_is_not_finished(tmp_path):
+    with pytest.raises(UserError, match="step 3: .*3 steps in a row"):
+        run(stage_of(Fixed(dict.fromkeys(range(3), math.nan)), steps=3), tmp_path)
+
+
+def test_a_signal_during_the_last_evaluation_is_heard(tmp_path):
+    def evaluate(ema, step):
+        os.kill(os.getpid(), signal.SIGINT)
+        return {"frechet": {}}
+
+    with pytest.raises(Interrupted) as stop:
+        run(stage_of(steps=3), tmp_path, every=NEVER, on_evaluate=evaluate)
+    assert stop.value.step == 3 and load_checkpoint(tmp_path / "checkpoints").step == 3

@@ -18,15 +18,16 @@ Target = Callable[..., Samples]  # f^-, called as a model is; TCM's also takes t
 
 @dataclass(frozen=True)
 class Nets:
-    """student: trained. target: f^-, under stop-gradient."""
+    """student: trained. target: f^-, under stop-gradient. frozen: what the target is made of besides the student."""
 
     student: ConsistencyModel
     target: Target
+    frozen: tuple[ConsistencyModel, ...] = ()
 
 
 @runtime_checkable
 class Method(Protocol):
-    """The loss of one paper. `step` counts optimiser steps from 0 over all stages of a chain; `steps` is its end."""
+    """The loss of one paper. `step` counts optimiser steps, a stage 2's on from stage 1's; `steps` is the end."""
 
     def nets(self, student: ConsistencyModel) -> Nets:
         """The networks of this method around a student that already has its initial weights."""
@@ -62,10 +63,10 @@ def student_and_target(nets: Nets, xt: Samples, t: Times, xr: Samples, r: Times,
 
 def on_rows(rows: Tensor, f: Target, x: Samples, t: Times, cond: Cond, key: DropoutKey) -> Samples:
     """f on the flagged rows; x on the others, which cost no network pass (f(x, 0) = x)."""
-    if rows.all():
+    index = rows.nonzero()[:, 0]  # waits for the device, once
+    if len(index) == len(rows):
         return f(x, t, cond=cond, key=key)
-    out = x.clone()
-    if rows.any():
-        cond, key = (None if v is None else v[rows] for v in (cond, key))
-        out[rows] = f(x[rows], t[rows], cond=cond, key=key)
-    return out
+    if len(index) == 0:
+        return x
+    cond, key = (None if v is None else v[index] for v in (cond, key))
+    return x.index_copy(0, index, f(x[index], t[index], cond=cond, key=key))
