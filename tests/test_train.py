@@ -2,9 +2,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
-import signal
-import threading
 
 import pytest
 import torch
@@ -18,7 +15,7 @@ from onejump.methods.dsm import DSM
 from onejump.methods.tcm import TCM
 from onejump.optim import ConstantRate, CosineRate
 from onejump.run_state import Run
-from onejump.train import Every, Interrupted, accumulate, mix
+from onejump.train import Every, accumulate, mix
 from onejump.types import UserError
 
 NEVER = Every(log=0, save=0, sample=0, evaluate=0)
@@ -277,38 +274,6 @@ def test_callbacks_come_at_their_steps_and_at_the_end(tmp_path):
     assert progress.started == (19, 0) and progress.closed and [m["step"] for m in progress.lines] == [4, 8, 12, 16, 19]
 
 
-def test_a_second_signal_stops_at_once(tmp_path):
-    def twice(done):
-        if done == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
-
-    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    progress = Recorder(twice)
-    with pytest.raises(KeyboardInterrupt):
-        run(stage_of(), tmp_path, progress=progress)
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
-    assert progress.closed and load_checkpoint(tmp_path / "checkpoints").step == 3
-
-
-def test_training_works_outside_the_main_thread(tmp_path):
-    results = []
-    thread = threading.Thread(target=lambda: results.append(run(stage_of(steps=3), tmp_path)))
-    thread.start()
-    thread.join()
-    assert results[0].last_step == 3
-
-
 def test_a_short_stage_that_never_trained_is_not_finished(tmp_path):
     with pytest.raises(UserError, match="step 3: .*3 steps in a row"):
         run(stage_of(Fixed(dict.fromkeys(range(3), math.nan)), steps=3), tmp_path)
-
-
-def test_a_signal_during_the_last_evaluation_is_heard(tmp_path):
-    def evaluate(ema, step):
-        os.kill(os.getpid(), signal.SIGINT)
-        return {"frechet": {}}
-
-    with pytest.raises(Interrupted) as stop:
-        run(stage_of(steps=3), tmp_path, every=NEVER, on_evaluate=evaluate)
-    assert stop.value.step == 3 and load_checkpoint(tmp_path / "checkpoints").step == 3

@@ -41,11 +41,13 @@ class TCM:
     def nets(self, student: ConsistencyModel) -> Nets:
         """The student starts as stage 1's EMA; the boundary network is the same model, frozen, its dropout on."""
         student.t_min = self.t_prime
-        return Nets(student, target=Truncated(student, copy.deepcopy(student).requires_grad_(False)))
+        frozen = copy.deepcopy(student).requires_grad_(False)
+        return Nets(student, Truncated(student, frozen), frozen=(frozen,))
 
     def loss(self, nets: Nets, x0: Samples, cond: Cond, step: int, steps: int) -> tuple[Tensor, Stats]:
         """The mean over t in [t', T] + w_b * the mean over the samples at t'."""
-        at_boundary = torch.arange(len(x0), device=x0.device) < boundary_count(len(x0), self.rho)
+        n_b = boundary_count(len(x0), self.rho)  # the first n_b samples sit at t'
+        at_boundary = torch.arange(len(x0), device=x0.device) < n_b
         t = self.times(len(x0), x0.device, self.t_prime, self.t_max).to(x0.dtype).masked_fill(at_boundary, self.t_prime)
         r = self.delta.r(t, step)
         eps, key = torch.randn_like(x0), dropout_key(x0)
@@ -54,4 +56,4 @@ class TCM:
             fr = nets.target(diffuse(x0, eps, r), r, at_boundary | (r < self.t_prime), cond, key)
         distance = pseudo_huber(ft, fr, self.c)
         loss = self.weight(t, r) * distance
-        return loss[~at_boundary].mean() + self.w_b * loss[at_boundary].mean(), {"t": t, "distance": distance}
+        return loss[n_b:].mean() + self.w_b * loss[:n_b].mean(), {"t": t, "distance": distance}
