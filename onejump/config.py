@@ -10,6 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from onejump import losses
 from onejump.ema import EMA, ConstantEMA, PowerEMA
+from onejump.methods.base import boundary_count
 from onejump.methods.dsm import DSM
 from onejump.methods.ect import ECT
 from onejump.methods.ict import ICT
@@ -19,16 +20,14 @@ from onejump.networks.song_unet import SongUNetConfig
 from onejump.optim import Adam, ConstantRate, CosineRate, InverseSqrtRate, Optimizer, RAdam, Rate
 from onejump.precond import EDM, ToData
 from onejump.samplers import Heun, Multistep, Sampler
-from onejump.times import Discretisation, LogNormal, LogStudentT
+from onejump.times import Discretisation, LogNormal, LogStudentT, check_range
 from onejump.types import UserError
 
 Network = SongUNetConfig | MLPConfig
 
 
-def at_least(least: int, **values: int) -> None:
-    for name, value in values.items():
-        if value < least:
-            raise UserError(f"{name}: {value}; {least} or more is needed")
+MAX_SEED = 2**63 - 1
+ICT_SIGMA_MIN = 0.002  # where karras_grid starts
 
 
 @dataclass(frozen=True)
@@ -50,11 +49,33 @@ class Stage:
     sampler: Sampler = Multistep()
 
     def __post_init__(self) -> None:
-        at_least(1, steps=self.steps, batch=self.batch)
+        check_range(at_least=1, steps=self.steps, batch=self.batch)
         if not 0 <= self.micro_batch <= self.batch:
             raise UserError(f"micro_batch: {self.micro_batch}; 0 (the whole batch) to batch={self.batch} is possible")
         if not self.clip > 0:
             raise UserError(f"clip: {self.clip:g}; a gradient norm above 0 is needed")
+        if isinstance(self.method, TCM):
+            self._check_passes(self.method.rho)
+        if isinstance(self.method, ICT) and self.precond.sigma_min != ICT_SIGMA_MIN:
+            raise UserError(
+                f"precond.sigma_min: {self.precond.sigma_min:.15g}; ICT's first time is {ICT_SIGMA_MIN}, where f must "
+                f"be the identity: use precond.sigma_min={ICT_SIGMA_MIN}"
+            )
+
+    def _check_passes(self, rho: float) -> None:
+        """Each pass of TCM holds samples of both kinds, in the shares of the whole batch."""
+        boundary_count(self.batch, rho)  # refuses a batch or a share that holds none
+        if self.micro_batch and not self._keeps_shares(self.micro_batch, rho):
+            sizes = (n for n in range(2, self.batch + 1) if self._keeps_shares(n, rho))
+            nearest = min(sizes, key=lambda n: abs(n - self.micro_batch))
+            raise UserError(
+                f"micro_batch: {self.micro_batch}; with batch={self.batch} and method.rho={rho:.15g} it would change "
+                f"the share of samples at t'; use {nearest}"
+            )
+
+    def _keeps_shares(self, size: int, rho: float) -> bool:
+        passes, left = divmod(self.batch, size)
+        return left == 0 and size >= 2 and passes * boundary_count(size, rho) == boundary_count(self.batch, rho)
 
 
 @dataclass(frozen=True)
@@ -67,8 +88,8 @@ class Evaluation:
     seed: int = 1234
 
     def __post_init__(self) -> None:
-        at_least(2, n=self.n, teacher_steps=self.teacher_steps)
-        at_least(0, seed=self.seed)
+        check_range(at_least=2, n=self.n, teacher_steps=self.teacher_steps)
+        check_range(at_least=0, at_most=MAX_SEED, seed=self.seed)
         if min(self.steps, default=0) < 1:
             raise UserError(f"steps: {self.steps}; one or more numbers of sampling steps, each 1 or more, are needed")
 
@@ -96,9 +117,9 @@ class Recipe:
         return self.first_step(before) + self.stages[before].steps
 
     def __post_init__(self) -> None:
-        at_least(0, seed=self.seed)
+        check_range(at_least=0, at_most=MAX_SEED, seed=self.seed)
         every = {f.name: getattr(self, f.name) for f in fields(self) if f.name.endswith("_every")}
-        at_least(0, **every)  # 0: only at the end of a stage
+        check_range(at_least=0, **every)  # 0: only at the end of a stage
         taken = {f.name for f in fields(Recipe) + fields(Stage)} | {"type", "report"}
         if self.stages and next(iter(self.stages.values())).count_on:
             raise UserError(f"{next(iter(self.stages))}.count_on: the first stage has none before it; use false")

@@ -7,12 +7,18 @@ import numpy as np
 import torch
 from torch import nn
 
+from onejump.types import UserError
+
 
 @dataclass(frozen=True)
 class ConstantEMA:
     """theta_ema <- beta theta_ema + (1 - beta) theta."""
 
     beta: float = 0.9999
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta < 1:
+            raise UserError(f"beta: {self.beta:.15g}; 0 or more and less than 1 is needed")
 
     def decay(self, n: int) -> float:
         return self.beta
@@ -27,6 +33,10 @@ class PowerEMA:
     """
 
     gamma: float = 6.94
+
+    def __post_init__(self) -> None:
+        if not -1 < self.gamma < math.inf:
+            raise UserError(f"gamma: {self.gamma:.15g}; a number above -1 is needed")
 
     def decay(self, n: int) -> float:
         return (1 - 1 / n) ** (self.gamma + 1)

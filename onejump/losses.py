@@ -15,7 +15,7 @@ def squared_l2(x: Samples, y: Samples) -> PerSample:
 
 
 def pseudo_huber(x: Samples, y: Samples, c: float) -> PerSample:
-    """sqrt(||x - y||^2 + c^2) - c on the norm of the whole image, not per element (Song & Dhariwal 2024, section 3.2).
+    """sqrt(||x - y||^2 + c^2) - c on the norm of the whole image, not per element (Song & Dhariwal 2024).
 
     c = 0 is the norm itself, with gradient 0 at x = y.
     """

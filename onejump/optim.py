@@ -1,4 +1,8 @@
-"""Optimisers and learning-rate laws. `rate(step, progress)`: steps gone before, and the share of this stage."""
+"""Optimisers and learning-rate laws.
+
+`rate(step, progress)`: the steps gone before, and the share of this stage that is done. Steps are those of the chain's
+counter: in a stage that counts on, a warm-up has passed already.
+"""
 
 import math
 from collections.abc import Iterable
@@ -7,6 +11,24 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from onejump.types import UserError
+
+
+def _check(lr: float, rampup: int = 0, t_ref: float = 0) -> None:
+    if not 0 < lr < math.inf:
+        raise UserError(f"lr: {lr:g}; a rate above 0 is needed, such as 1e-4")
+    if rampup < 0:
+        raise UserError(f"rampup: {rampup}; 0 (none) or more steps are needed")
+    if not 0 <= t_ref < math.inf:
+        raise UserError(f"t_ref: {t_ref:g}; 0 (a constant rate) or more steps are needed")
+
+
+def _check_adam(betas: tuple[float, float], eps: float) -> None:
+    if not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f"betas: {betas[0]:.15g},{betas[1]:.15g}; each must be 0 or more and less than 1")
+    if not 0 <= eps < math.inf:
+        raise UserError(f"eps: {eps:g}; 0 or more is needed")
+
 
 @dataclass(frozen=True)
 class ConstantRate:
@@ -14,6 +36,9 @@ class ConstantRate:
 
     lr: float = 1e-4
     rampup: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self.lr, self.rampup)
 
     def rate(self, step: int, progress: float) -> float:
         return self.lr * min(step / self.rampup, 1) if self.rampup else self.lr
@@ -27,6 +52,9 @@ class InverseSqrtRate:
     t_ref: float = 2000
     rampup: int = 0
 
+    def __post_init__(self) -> None:
+        _check(self.lr, self.rampup, self.t_ref)
+
     def rate(self, step: int, progress: float) -> float:
         lr = self.lr / math.sqrt(max(step / self.t_ref, 1)) if self.t_ref else self.lr
         return lr * min(step / self.rampup, 1) if self.rampup else lr
@@ -37,6 +65,9 @@ class CosineRate:
     """From lr to 0 along half a cosine over the stage: for short runs that must end settled."""
 
     lr: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _check(self.lr)
 
     def rate(self, step: int, progress: float) -> float:
         return self.lr * (1 + math.cos(math.pi * progress)) / 2
@@ -52,6 +83,9 @@ class RAdam:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 
+    def __post_init__(self) -> None:
+        _check_adam(self.betas, self.eps)
+
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.RAdam(parameters, lr=0.0, betas=self.betas, eps=self.eps)
 
@@ -62,6 +96,9 @@ class Adam:
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        _check_adam(self.betas, self.eps)
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.Adam(parameters, lr=0.0, betas=self.betas, eps=self.eps)

@@ -4,12 +4,13 @@ D(x, t) = c_skip(t) x + c_out(t) F(c_in(t) x, c_noise(t))        Karras et al. 2
 f(x, t -> s) = a(t, s) x + b(t, s) D(x, t)
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
-from onejump.types import PerSample, Times
+from onejump.types import PerSample, Times, UserError
 
 
 class Scalings(NamedTuple):
@@ -39,6 +40,12 @@ class EDM:
 
     sigma_data: float = 0.5
     sigma_min: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_data < math.inf:
+            raise UserError(f"sigma_data: {self.sigma_data:g}; more than 0 is needed (0.5 is usual for images)")
+        if not 0 <= self.sigma_min < math.inf:
+            raise UserError(f"sigma_min: {self.sigma_min:g}; 0 or more is needed")
 
     def __call__(self, t: Times) -> Scalings:
         norm = (t**2 + self.sigma_data**2).sqrt()

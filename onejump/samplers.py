@@ -9,7 +9,7 @@ from torch import Tensor
 
 from onejump import solvers
 from onejump.model import ConsistencyModel
-from onejump.times import karras_grid
+from onejump.times import check_range, karras_grid
 from onejump.types import Cond, Samples, UserError
 
 
@@ -71,6 +71,13 @@ class Multistep:
     sigma_max: float = 80.0
     mid: tuple[float, ...] = (0.821,)
 
+    def __post_init__(self) -> None:
+        check_range(above=0, sigma_max=self.sigma_max)
+        times = (self.sigma_max, *self.mid, 0.0)
+        if not all(t > r for t, r in zip(times[:-1], times[1:], strict=True)):
+            mid = ",".join(f"{t:.15g}" for t in self.mid)
+            raise UserError(f"mid: {mid}; falling times below sigma_max={self.sigma_max:.15g} and above 0 are needed")
+
     @property
     def max_steps(self) -> int:
         return 1 + len(self.mid)
@@ -94,6 +101,10 @@ class Heun:
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        check_range(above=0, sigma_max=self.sigma_max, rho=self.rho)
+        check_range(above=0, below=self.sigma_max, sigma_min=self.sigma_min)
 
     def times(self, steps: int) -> list[float]:
         if steps < 2:

@@ -11,7 +11,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from onejump.types import Grid, Times
+from onejump.types import Grid, Times, UserError
+
+
+def check_range(
+    *,
+    at_least: float = -math.inf,
+    above: float = -math.inf,
+    at_most: float = math.inf,
+    below: float = math.inf,
+    **values: float,
+) -> None:
+    """Raises UserError for the first value outside these bounds or, as all must be, not finite."""
+    for name, value in values.items():
+        if not (at_least <= value <= at_most and above < value < below):
+            bounds = {"{} or more": at_least, "more than {}": above, "{} or less": at_most, "less than {}": below}
+            needed = [words.format(_exact(bound)) for words, bound in bounds.items() if math.isfinite(bound)]
+            text = " and ".join(needed) if abs(value) < math.inf else "a finite number"
+            raise UserError(f"{name}: {_exact(value)}; {text} is needed")
+
+
+def _exact(value: float) -> str:
+    return f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
 def karras_grid(
@@ -51,6 +72,10 @@ class LogNormal:
     P_mean: float = -1.1
     P_std: float = 2.0
 
+    def __post_init__(self) -> None:
+        check_range(P_mean=self.P_mean)
+        check_range(above=0, P_std=self.P_std)
+
     def quantile(self, u: Tensor, low: float = 0.0, high: float = math.inf) -> Tensor:
         """The time below which the share u (float64, in [0, 1]) of the mass lies."""
         a, b = (self._cdf(t) for t in (low, high))
@@ -75,10 +100,14 @@ class LogStudentT:
     sigma: float = 0.2
     df: float = 0.01
 
+    def __post_init__(self) -> None:
+        check_range(mu=self.mu)
+        check_range(above=0, sigma=self.sigma, df=self.df)
+
     def quantile(self, u: Tensor, low: float, high: float) -> Tensor:
         """The time below which the share u (float64, in [0, 1]) of the mass lies: cubic Hermite on the exact table."""
-        table = _student_t_table(self.df, *((math.log(t) - self.mu) / self.sigma for t in (low, high)))
-        x, slope = (torch.from_numpy(column).to(u.device) for column in table)
+        a, b = ((math.log(t) - self.mu) / self.sigma for t in (low, high))
+        x, slope = _student_t_table(self.df, a, b, u.device)
         cells = len(x) - 1
         i = (u * cells).long().clamp(0, cells - 1)
         h = u * cells - i
@@ -98,15 +127,33 @@ TimeDistribution = LogNormal | LogStudentT
 
 
 @functools.lru_cache(maxsize=8)
-def _student_t_table(df: float, low: float, high: float, cells: int = 8192) -> tuple[np.ndarray, np.ndarray]:
-    """F^-1(u) and its slope a cell, at u even between F(low) and F(high): float64, from scipy's exact inverse."""
+def _student_t_table(
+    df: float, low: float, high: float, device: torch.device, cells: int = 8192
+) -> tuple[Tensor, Tensor]:
+    """F^-1 and its slope a cell, at even shares of the mass between low and high: float64, from scipy's exact inverse.
+
+    The shares are 1 - F, whose digits do not run out in the upper tail; by symmetry the lower tail is one too. A slope
+    is at most 3 times those of the chords beside it, so that the cubic between the nodes rises (Fritsch & Carlson
+    1980); it bites in the last cell of a light tail alone. Raises UserError if there is no mass.
+    """
     from scipy import stats
 
+    if low + high < 0:
+        x, slope = _student_t_table(df, -high, -low, device, cells)
+        return -x.flip(0), slope.flip(0)
     student = stats.t(df)
-    u = np.linspace(student.cdf(low), student.cdf(high), cells + 1)
-    x = student.ppf(u)
-    x[0], x[-1] = low, high
-    return x, (u[1] - u[0]) / student.pdf(x)
+    share = np.linspace(student.sf(low), student.sf(high), cells + 1)
+    if not share[0] > share[-1]:
+        raise UserError(
+            f"times: no mass {low:g} to {high:g} sigma from mu, with df={df:g}; use a nearer mu or a larger sigma"
+        )
+    nodes = student.isf(share)
+    nodes[0], nodes[-1] = low, high
+    with np.errstate(divide="ignore", over="ignore"):
+        slopes = (share[0] - share[-1]) / cells / student.pdf(nodes)
+    chord = np.diff(nodes)
+    slopes = np.minimum(slopes, 3 * np.minimum(np.append(chord, math.inf), np.append(math.inf, chord)))
+    return torch.from_numpy(nodes).to(device), torch.from_numpy(slopes).to(device)
 
 
 @dataclass(frozen=True)
@@ -116,7 +163,7 @@ class Discretisation:
     Delta_t = (1 + k sigmoid(-b t)) (1 - ratio) t,   ratio = 1 - q^-(floor(step / double_every) + 1)
     (Geng et al. 2024; Lee et al. 2025 write the exponent as ceil(i / 25000) with i counted from 1.)
     ratio_limit: TCM's floor on Delta_t: 0.999 on CIFAR-10, 0.9961 on ImageNet-64; 1 is ECT, no floor.
-    r_min: r is never below it. 0 is ECT, where the target at r = 0 is the data itself; the released TCM has 1e-6.
+    r_min: r is never below it unless t is. 0 is ECT, where the target at r = 0 is the data; the released TCM has 1e-6.
     """
 
     q: float = 2.0
@@ -126,9 +173,17 @@ class Discretisation:
     b: float = 1.0
     r_min: float = 0.0
 
+    def __post_init__(self) -> None:
+        check_range(above=1, q=self.q)
+        check_range(at_least=1, double_every=self.double_every)
+        check_range(above=0, at_most=1, ratio_limit=self.ratio_limit)
+        check_range(at_least=0, k=self.k, r_min=self.r_min)
+        check_range(b=self.b)
+
     def ratio(self, step: int) -> float:
         return min(1 - self.q ** -(step // self.double_every + 1.0), self.ratio_limit)
 
     def r(self, t: Times, step: int) -> Times:
         delta = (1 + self.k * torch.sigmoid(-self.b * t)) * (1 - self.ratio(step)) * t
-        return (t - delta).clamp_min(self.r_min)
+        just_below = torch.nextafter(t, torch.zeros_like(t))  # without a floor, Delta_t ends below t's last digit
+        return torch.minimum((t - delta).clamp_min(self.r_min), just_below)

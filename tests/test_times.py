@@ -10,11 +10,13 @@ from onejump.times import (
     Discretisation,
     LogNormal,
     LogStudentT,
+    _student_t_table,
     ict_levels,
     karras_grid,
     lognormal_index,
     lognormal_pmf,
 )
+from onejump.types import UserError
 
 
 @pytest.mark.parametrize("n", [2, 10, 18, 40])
@@ -90,6 +92,52 @@ def test_log_student_t_table_is_the_exact_inverse_between_its_nodes(mu, sigma, d
     np.testing.assert_allclose(t.numpy(), exact, rtol=1e-6)
 
 
+LIGHT_TAILS = [(0.0, 0.2, 1e4), (0.0, 0.5, 30.0)]  # 1 - F(ln 80 / sigma) is 0, or 1e-10, beside F = 1
+
+
+@pytest.mark.parametrize(("mu", "sigma", "df"), [*LIGHT_TAILS, (0.0, 0.2, 0.01), (0.0, 0.2, 2.0), (6.0, 0.2, 1e4)])
+def test_log_student_t_quantiles_rise(mu, sigma, df):
+    u = torch.cat([torch.linspace(0, 1, 100_001), 1 - torch.logspace(-9, -3, 2001).flip(0)]).double().sort()[0]
+    t = LogStudentT(mu, sigma, df).quantile(u, 1.0, 80.0)
+    assert (t.diff() >= -1e-12 * t[1:]).all() and t[0] == 1.0 and t[-1] == pytest.approx(80.0, rel=1e-12)
+
+
+@pytest.mark.parametrize(("mu", "sigma", "df"), LIGHT_TAILS)
+def test_log_student_t_with_a_light_tail_is_the_exact_inverse_up_to_its_last_cell(mu, sigma, df):
+    last = 1 - 1 / 8192
+    u = torch.cat([torch.linspace(0, last, 20_001), torch.linspace(last - 1e-3, last, 2001)]).double()
+    u = u.clamp_max(last)
+    student, high = stats.t(df), (math.log(80.0) - mu) / sigma
+    a, b = student.sf(-mu / sigma), student.sf(high)
+    exact = np.exp(mu + sigma * student.isf(a + (b - a) * u.numpy()))
+    t = LogStudentT(mu, sigma, df)
+    np.testing.assert_allclose(t.quantile(u, 1.0, 80.0).numpy(), exact, rtol=1e-3)
+    inside = t.quantile(torch.linspace(last, 1, 1001).double().clamp(last, 1), 1.0, 80.0)
+    assert ((inside >= exact[20_000] * (1 - 1e-9)) & (inside <= 80.0)).all()
+
+
+@pytest.mark.parametrize("mu", [-2.0, 6.0])
+def test_log_student_t_whose_centre_is_outside_keeps_its_digits(mu):
+    """Both ends lie 8 or more sigma to one side of the centre, where F itself is 0 or 1 to 15 digits."""
+    sigma, df = 0.2, 1e4
+    u = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
+    student, side = stats.t(df), 1 if mu < 0 else -1  # the upper tail, or the lower one turned round
+    near, far = sorted(side * (math.log(t) - mu) / sigma for t in (1.0, 80.0))
+    share = u.numpy() if mu < 0 else 1 - u.numpy()
+    exact = mu + side * sigma * student.isf(student.sf(near) + share * (student.sf(far) - student.sf(near)))
+    np.testing.assert_allclose(LogStudentT(mu, sigma, df).quantile(u, 1.0, 80.0).log(), exact, rtol=0, atol=1e-6)
+
+
+def test_log_student_t_without_mass_is_refused():
+    with pytest.raises(UserError, match="times: no mass .* use a nearer mu or a larger sigma"):
+        LogStudentT(-20.0, 0.2, 1e4)(4, torch.device("cpu"), 1.0, 80.0)
+
+
+def test_the_table_of_the_student_t_is_made_once_a_device():
+    first, second = (_student_t_table(0.01, 0.0, 21.9, torch.device("cpu")) for _ in range(2))
+    assert first is second
+
+
 @pytest.mark.parametrize("q", [2, 4, 256])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3, 5, 8, 10])
 def test_r_of_ect(q, stage):
@@ -116,6 +164,17 @@ def test_delta_of_tcm(q, limit, stage):
     t = f64(data["t_grid"])
     error = t - law.r(t, stage) - f64(data[f"delta/q{q}_lim{limit}_stage{stage}"])
     assert (error.abs() <= 1.3e-7 * t).all()  # the published difference t - r was taken in float32
+
+
+@pytest.mark.parametrize("r_min", [0.0, 1e-6, 1.0])
+def test_r_stays_below_t_where_delta_is_less_than_its_last_digit(r_min):
+    t = torch.cat([torch.tensor([1e-6, 0.002, 1.0, 80.0]), torch.logspace(-3, 2, 1000)])
+    law = Discretisation(q=2, double_every=1, r_min=r_min)
+    assert law.ratio(39) == 1 - 2.0**-40
+    for step in (22, 23, 24, 39, 10_000):
+        r = law.r(t, step)
+        assert (r < t).all() and (r >= 0).all() and (1 / (t - r)).isfinite().all()
+    assert (r == torch.nextafter(t, torch.zeros_like(t))).all()
 
 
 @pytest.mark.parametrize(

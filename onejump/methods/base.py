@@ -1,5 +1,6 @@
 """What every method shares: the networks it is handed, the diffused sample, and the pair student / target."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -42,9 +43,15 @@ def diffuse(x0: Samples, eps: Samples, t: Times) -> Samples:
 
 def boundary_count(n: int, rho: float) -> int:
     """floor(rho n) samples, but never none: a batch too small for the share would drop the boundary loss silently."""
+    if not 0 < rho < 1:
+        raise UserError(f"rho: {rho:g}; a share of the batch, more than 0 and less than 1, is needed")
     if n < 2:
         raise UserError(f"batch: {n} sample(s) a pass; TCM needs 2 or more, one of them at t'")
     return max(int(n * rho), 1)
+
+
+def frozen_copy(model: ConsistencyModel) -> ConsistencyModel:
+    return copy.deepcopy(model).requires_grad_(False)
 
 
 def dropout_key(x0: Samples) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from onejump.losses import squared_l2
 from onejump.methods.base import Nets, Stats, diffuse, dropout_key
 from onejump.model import ConsistencyModel
-from onejump.times import LogNormal
+from onejump.times import LogNormal, check_range
 from onejump.types import Cond, Samples
 
 
@@ -18,6 +18,9 @@ class DSM:
 
     times: LogNormal = LogNormal(P_mean=-1.2, P_std=1.2)
     sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_range(above=0, sigma_data=self.sigma_data)
 
     def nets(self, student: ConsistencyModel) -> Nets:
         return Nets(student, target=student)

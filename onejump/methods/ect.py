@@ -9,8 +9,8 @@ from torch import Tensor
 from onejump.losses import Weight, inverse_delta, pseudo_huber
 from onejump.methods.base import Nets, Stats, diffuse, student_and_target
 from onejump.model import ConsistencyModel
-from onejump.times import Discretisation, LogNormal
-from onejump.types import Cond, Samples
+from onejump.times import Discretisation, LogNormal, check_range
+from onejump.types import Cond, Samples, UserError
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,11 @@ class ECT:
     c: float = 0.0
     t_min: float = 0.0
     t_max: float = math.inf
+
+    def __post_init__(self) -> None:
+        check_range(at_least=0, c=self.c, t_min=self.t_min)
+        if not self.t_min < self.t_max:
+            raise UserError(f"t_max: {self.t_max:.15g}; more than t_min={self.t_min:.15g} is needed")
 
     def nets(self, student: ConsistencyModel) -> Nets:
         return Nets(student, target=student)

@@ -8,7 +8,7 @@ from torch import Tensor
 from onejump.losses import pseudo_huber
 from onejump.methods.base import Nets, Stats, diffuse, student_and_target
 from onejump.model import ConsistencyModel
-from onejump.times import ict_levels, karras_grid, lognormal_index
+from onejump.times import check_range, ict_levels, karras_grid, lognormal_index
 from onejump.types import Cond, Samples
 
 
@@ -24,6 +24,12 @@ class ICT:
     P_mean: float = -1.1
     P_std: float = 2.0
     huber: float = 0.00054  # c = huber * sqrt(number of pixels and channels)
+
+    def __post_init__(self) -> None:
+        check_range(at_least=1, s0=self.s0)
+        check_range(at_least=self.s0, s1=self.s1)
+        check_range(P_mean=self.P_mean)
+        check_range(above=0, P_std=self.P_std, huber=self.huber)
 
     def nets(self, student: ConsistencyModel) -> Nets:
         return Nets(student, target=student)

@@ -1,15 +1,13 @@
 """Truncated consistency models, stage 2 (stage 1 is ECT)."""
 
-import copy
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from onejump.losses import Weight, inverse_delta, pseudo_huber
-from onejump.methods.base import Nets, Stats, boundary_count, diffuse, dropout_key, on_rows
+from onejump.methods.base import Nets, Stats, boundary_count, diffuse, dropout_key, frozen_copy, on_rows
 from onejump.model import ConsistencyModel
-from onejump.times import Discretisation, LogStudentT, TimeDistribution
+from onejump.times import Discretisation, LogStudentT, TimeDistribution, check_range
 from onejump.types import Cond, DropoutKey, Samples, Times
 
 
@@ -20,9 +18,8 @@ class Truncated:
     student: ConsistencyModel
     boundary: ConsistencyModel
 
-    def __call__(self, x: Samples, t: Times, below: Tensor, cond: Cond, key: DropoutKey) -> Samples:
-        x = on_rows(below, self.boundary, x, t, cond, key)
-        return on_rows(~below, self.student, x, t, cond, key)
+    def __call__(self, x: Samples, t: Times, below: torch.Tensor, cond: Cond, key: DropoutKey) -> Samples:
+        return on_rows(~below, self.student, on_rows(below, self.boundary, x, t, cond, key), t, cond, key)
 
 
 @dataclass(frozen=True)
@@ -38,13 +35,17 @@ class TCM:
     rho: float = 0.25  # the share of the batch that sits exactly at t'
     w_b: float = 0.1  # and its weight
 
+    def __post_init__(self) -> None:
+        check_range(at_least=0, c=self.c, w_b=self.w_b, t_max=self.t_max)
+        check_range(above=0, below=self.t_max, t_prime=self.t_prime)
+
     def nets(self, student: ConsistencyModel) -> Nets:
         """The student starts as stage 1's EMA; the boundary network is the same model, frozen, its dropout on."""
         student.t_min = self.t_prime
-        frozen = copy.deepcopy(student).requires_grad_(False)
+        frozen = frozen_copy(student)
         return Nets(student, Truncated(student, frozen), frozen=(frozen,))
 
-    def loss(self, nets: Nets, x0: Samples, cond: Cond, step: int, steps: int) -> tuple[Tensor, Stats]:
+    def loss(self, nets: Nets, x0: Samples, cond: Cond, step: int, steps: int) -> tuple[torch.Tensor, Stats]:
         """The mean over t in [t', T] + w_b * the mean over the samples at t'."""
         n_b = boundary_count(len(x0), self.rho)  # the first n_b samples sit at t'
         at_boundary = torch.arange(len(x0), device=x0.device) < n_b

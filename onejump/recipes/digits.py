@@ -19,7 +19,11 @@ def small_unet(data: ImageSet) -> SongUNetConfig:
     """Two levels at 8x8; one more for each doubling of the side, attention at the lowest."""
     channels, height, width = data.shape
     if height != width or height % 4 or height < 8:
-        raise UserError(f"images are {height}x{width}: this network needs squares of 8, 12, 16, ...; give --size 32")
+        below = max(min(height, width) // 4 * 4, 8)
+        near = f"{below}" if below >= min(height, width) else f"{below} or {below + 4}"
+        raise UserError(
+            f"images are {height}x{width}: this network needs squares of 8, 12, 16, ...; give --size {near}"
+        )
     levels = 2
     while height % 2**levels == 0 and height >> levels >= 8:
         levels += 1
