@@ -37,7 +37,7 @@ def compare(seed: int, out: Path, overrides: list[str]) -> dict:
         *("train", "digits", f"seed={seed}", *overrides, f"stage1.steps={steps}", "--stage", "stage1"),
         *("--init", str(chain / "teacher"), "--out", str(longer)),
     )
-    record = longer / "evaluation.json"
+    record = longer / "evaluated.json"
     onejump("evaluate", str(longer), "--n", "2000", "--out", str(record))
     chain_numbers = read(chain / "evaluation.json")["stages"]
     results = {"stage1": chain_numbers["stage1"], "stage2": chain_numbers["stage2"], "stage1 longer": read(record)}

@@ -70,7 +70,9 @@ def save_checkpoint(
         if replaced.exists() and not path.exists():
             os.rename(replaced, path)
         shutil.rmtree(temporary, ignore_errors=True)
-        raise _not_written(path, before, error) from error
+        reason, way_out = why_not_written(error)
+        last = f"the last good one is step {before[-1]}" if before else "there is none before it"
+        raise UserError(f"checkpoint: could not write {path} ({reason}); {last}; {way_out}") from error
     _remove_leftovers(folder)
     for old in before[: max(len(before) - keep + 1, 0)]:
         shutil.rmtree(checkpoint_path(folder, old), ignore_errors=True)
@@ -129,7 +131,7 @@ def _write(temporary: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapp
     temporary.mkdir()
     tensors_file, meta_file = temporary / TENSORS, temporary / META
     save_file(_without_aliases(tensors), tensors_file)
-    content = {"step": step, "meta": dict(meta), "tensors_sha256": _sha256(tensors_file)}
+    content = {"step": step, "meta": dict(meta), "tensors_sha256": file_sha256(tensors_file)}
     content["checksum"] = _checksum(content)
     meta_file.write_text(json.dumps(content, indent=1, allow_nan=False))
     shutil.copymode(meta_file, tensors_file)  # safetensors writes files that only their owner may read
@@ -142,7 +144,7 @@ def _read(path: Path, step: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     checksum = content.pop("checksum")
     if checksum != _checksum(content) or content["step"] != step:
         raise ValueError(f"{META} does not match its checksum")
-    if content["tensors_sha256"] != _sha256(path / TENSORS):
+    if content["tensors_sha256"] != file_sha256(path / TENSORS):
         raise ValueError(f"{TENSORS} does not match its checksum")
     tensors = load_file(path / TENSORS)
     return content["meta"], {name: tensor.clone() for name, tensor in tensors.items()}  # the file may go away
@@ -152,7 +154,7 @@ def _checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -192,9 +194,9 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _not_written(path: Path, before: list[int], error: Exception) -> UserError:
-    reason = error.strerror if isinstance(error, OSError) else str(error)  # safetensors has errors of its own
+def why_not_written(error: Exception) -> tuple[str, str]:
+    """(reason, way out) where a file could not be written."""
+    reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())  # safetensors has its own
     no_space = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) or "space" in str(reason)
-    last = f"the last good one is step {before[-1]}" if before else "there is none before it"
-    way_out = "free space" if no_space else "make the folder writable"
-    return UserError(f"checkpoint: could not write {path} ({reason}); {last}; {way_out} and run the same command again")
+    way_out = "free space" if no_space else "make that place writable"
+    return str(reason), f"{way_out} and run the same command again"

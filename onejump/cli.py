@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from onejump.data.image_set import ImageSet
 
 Work = Callable[[], None]
-RESULTS = "  {:<12}{:>6}{:>7}{:>9}{:>8}{:>10}{:>13}"  # a line of the results
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -126,10 +125,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def recipe_of(args: argparse.Namespace, data: "ImageSet") -> "Recipe":
+    from onejump.fit import images_for
     from onejump.overrides import apply_overrides
     from onejump.recipes import build_recipe
 
-    return apply_overrides(build_recipe(args.recipe, data), args.overrides)
+    recipe = apply_overrides(build_recipe(args.recipe, data), args.overrides)
+    images_for(recipe.network, data)
+    return recipe
 
 
 def default_out(args: argparse.Namespace) -> Path:
@@ -139,38 +141,46 @@ def default_out(args: argparse.Namespace) -> Path:
 
 
 def command_of(args: argparse.Namespace, out: Path) -> str:
-    """The command that makes, or goes on with, the whole run that these arguments belong to."""
+    """The command that makes, or goes on with, the whole run; with --init, the very one that was given."""
     given = [("--data", args.data), ("--size", args.size), ("--device", args.device), ("--out", out)]
-    options = [word for name, value in given if value is not None for word in (name, str(value))]
-    return shlex.join(["onejump", "run", args.recipe, *args.overrides, *options])
+    name = "run"
+    if "init" in args and args.init is not None:
+        name, given = "train", [("--stage", args.stage), ("--init", args.init), *given]
+    options = [word for option, value in given if value is not None for word in (option, str(value))]
+    return shlex.join(["onejump", name, args.recipe, *args.overrides, *options])
 
 
 def run_command(args: argparse.Namespace) -> Work:
-    from onejump.pipeline import alone, open_run, run
+    from onejump.cli_results import print_results
+    from onejump.fit import check_chain
+    from onejump.pipeline import run
+    from onejump.run_record import alone, check_run, open_run, read_json
 
     check_name(args.recipe)
     data = images_of(args)
     recipe, device = recipe_of(args, data), device_of(args.device)
+    check_chain(recipe)
     if args.dry_run:
-        return lambda: dry_run(recipe, data, device)
+        return lambda: dry_run(recipe, list(recipe.stages), data, device)
     out = args.out or default_out(args)
-    open_run(recipe, data, out, device, command_of(args, out))
+    check_run(recipe, data, out)
 
     def work() -> None:
         with alone(out):
+            open_run(recipe, data, out, device, command_of(args, out))
             report = run(recipe, data, out, device, args.tensorboard)
-        print_results(out)
+        evaluation = read_json(out / "evaluation.json")
+        print_results(evaluation["reference"], evaluation["stages"])
         print(f"Report: {report}")
 
     return work
 
 
 def train_command(args: argparse.Namespace) -> Work:
-    from dataclasses import replace
-
     from onejump.config import did_you_mean
     from onejump.evaluate import Judge, detector_for
-    from onejump.pipeline import alone, open_run, starting_model, train_stage
+    from onejump.pipeline import start_of, starting_model, train_stage
+    from onejump.run_record import alone, check_run, open_run
     from onejump.types import UserError
 
     check_name(args.recipe)
@@ -182,50 +192,29 @@ def train_command(args: argparse.Namespace) -> Work:
         asked = f"no {stage!r}" if stage else "say which"
         raise UserError(f"--stage: {asked}; there are {', '.join(names)}{did_you_mean(stage or '', names)}")
     if args.dry_run:
-        return lambda: dry_run(replace(recipe, stages={stage: recipe.stages[stage]}), data, device)
+        return lambda: dry_run(recipe, [stage], data, device)
     out = args.out or default_out(args)
-    starting_model(recipe, stage, out, args.init)
-    open_run(recipe, data, out, device, command_of(args, out))
+    check_run(recipe, data, out)
+    starting_model(recipe, stage, start_of(recipe, stage, out, args.init))
 
     def work() -> None:
         with alone(out):
+            open_run(recipe, data, out, device, command_of(args, out))
             train_stage(recipe, stage, Judge(data, detector_for(data)), out, device, args.tensorboard, args.init)
 
     return work
 
 
-def dry_run(recipe: "Recipe", data: "ImageSet", device: "torch.device") -> None:
-    from onejump.estimate import estimate
+def dry_run(recipe: "Recipe", names: list[str], data: "ImageSet", device: "torch.device") -> None:
+    from onejump.estimate import estimate_stage
     from onejump.metrics_log import duration
     from onejump.overrides import describe
 
     print(describe(recipe))
     shape = "x".join(map(str, data.shape))
     print(f"\n{data.n} images of {shape}, {data.classes or 'no'} classes ({data.name})")
-    estimates = estimate(recipe, data, device)
+    estimates = {name: estimate_stage(recipe, recipe.stages[name], data, device) for name in names}
     for name, guess in estimates.items():
         print(f"{name:<12} about {duration(guess.seconds):>8}, {guess.bytes / 2**20:,.0f} MiB on {device}")
     total = sum(guess.seconds for guess in estimates.values())
     print(f"{'in all':<12} about {duration(total):>8} (measured on a few passes)")
-
-
-def print_results(out: Path) -> None:
-    """One line for each stage and number of steps, within 80 columns."""
-    import json
-
-    content = json.loads((out / "evaluation.json").read_text())
-    reference = content["reference"]
-    print(f"\nFrechet distance ({content['detector']}, {reference['n']} real images)")
-    print(RESULTS.format("stage", "steps", "calls", "Frechet", "sure", "as asked", "off balance"))
-    for name, stage in content["stages"].items():
-        for steps, found in stage["steps"].items():
-            sure = found.get("confidence", {})
-            shares = (sure.get("mean"), sure.get("as_asked"), found.get("balance_distance"))
-            cells = ("-" if share is None else f"{share:.1%}" for share in shares)
-            print(RESULTS.format(name, steps, found["nfe"], f"{found['frechet']:.3f}", *cells))
-    if reference["real_half_frechet"] is not None:
-        half = f"{reference['real_half_frechet']:.3f}"
-        print(RESULTS.format("real images", "-", "-", half, "-", "-", "-") + "  (half against half)")
-    if sure:
-        print("Sure: a classifier's mean confidence. As asked: it reads the class asked for. Off balance: samples that")
-        print("would have to change class to match the real shares.")

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 def images_of(args: argparse.Namespace) -> "ImageSet":
     from onejump.types import UserError
 
+    if args.data == "":
+        raise UserError("--data: the path is empty; leave the option out for the digits")
     if args.data in (None, "digits"):
         if args.size not in (None, 8):
             raise UserError(f"--size {args.size}: the digits are 8x8; give --data FOLDER for other images")

@@ -10,11 +10,13 @@ from onejump.cli_input import check_seed, device_of, images_of, numbers_of
 from onejump.recipes import NAMES
 
 if TYPE_CHECKING:
+    from onejump.data.image_set import ImageSet
     from onejump.samplers import Sampler
     from onejump.saved import SavedModel
     from onejump.types import Images
 
 Work = Callable[[], None]
+STEPS = "jumps, a network call each (default: {}); a diffusion teacher: Heun steps, two calls each (default: 18)"
 
 
 def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -22,20 +24,21 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     made = add("sample", sample_command, "images from a model")
     made.add_argument("model", help="a model's folder, or a run's (its last stage)")
     made.add_argument("--n", type=int, default=60, help="how many (default: %(default)s)")
-    made.add_argument("--steps", type=int, help="network calls (default: 1; a diffusion teacher: 18 Heun steps)")
+    made.add_argument("--steps", type=int, help=STEPS.format("1"))
     made.add_argument("--times", metavar="T,T,..", help="falling noise levels instead of the model's own, such as 80,1")
     made.add_argument("--class", dest="label", metavar="NAME", help="one class only (default: all in turn)")
     made.add_argument("--seed", type=int, default=0, help="image k depends on (seed, k) alone (default: %(default)s)")
     made.add_argument("--out", type=Path, default=Path("samples.png"), help="grid .png, arrays .npz, or a folder")
     made.add_argument("--device", help="cpu, cuda, ...")
-    made = add("evaluate", evaluate_command, "Frechet distance and the rest, as JSON")
+    made = add("evaluate", evaluate_command, "Frechet distance and the rest, as a table or as JSON")
     made.add_argument("model", help="a model's folder, or a run's (its last stage)")
     made.add_argument("--data", metavar="PATH", help="folder or zip of real images (default: digits)")
     made.add_argument("--size", type=int, metavar="N", help="crop and resize them to N x N")
-    made.add_argument("--steps", metavar="N,N", help="numbers of steps (default: 1,2; a diffusion teacher: 18)")
+    made.add_argument("--steps", metavar="N,N", help=STEPS.format("1,2"))
     made.add_argument("--n", type=int, default=2000, help="samples for each (default: %(default)s)")
     made.add_argument("--seed", type=int, default=1234, help="(default: %(default)s)")
-    made.add_argument("--out", type=Path, metavar="FILE", help="write the record there too")
+    made.add_argument("--out", type=Path, metavar="FILE", help="write the whole record there, as JSON")
+    made.add_argument("--json", action="store_true", help="print the whole record instead of the table")
     made.add_argument("--device", help="cpu, cuda, ...")
     made = add("report", report_command, "make a run's report.html again")
     made.add_argument("run", type=Path, help="a run's folder")
@@ -63,15 +66,23 @@ def sample_command(args: argparse.Namespace) -> Work:
 
         from onejump.generate import balanced_labels, generate
 
-        times = sampler.times(steps)
         labels = balanced_labels(args.n, len(saved.class_names))
         if label is not None:
             labels = torch.full((args.n,), label)
         images = generate(saved.model, sampler, steps, range(args.n), saved.shape, labels, args.seed)
         write_samples(images, labels, args.out, 10 if len(saved.class_names) in (0, 10) else len(saved.class_names))
-        print(f"{args.n} images, times {', '.join(f'{t:g}' for t in times)}, seed {args.seed}: {args.out}")
+        print(f"{args.n} images, {what_was_done(sampler, steps)}, seed {args.seed}: {args.out}")
 
     return work
+
+
+def what_was_done(sampler: "Sampler", steps: int) -> str:
+    from onejump.evaluate import calls
+    from onejump.samplers import Heun
+
+    if isinstance(sampler, Heun):
+        return f"{steps} Heun steps ({calls(sampler, steps)} network calls)"
+    return f"times {', '.join(f'{t:g}' for t in sampler.times(steps))}"
 
 
 def sampling(args: argparse.Namespace, saved: "SavedModel") -> "tuple[Sampler, int]":
@@ -91,7 +102,14 @@ def sampling(args: argparse.Namespace, saved: "SavedModel") -> "tuple[Sampler, i
         if mid != sorted(mid, reverse=True) or max(mid, default=0) > first:
             raise UserError(f"--times {args.times}: falling noise levels are needed, such as 80,1")
         sampler, steps = Multistep(first, tuple(mid)), 1 + len(mid)
-    times = sampler.times(steps)
+    try:
+        times = sampler.times(steps)
+    except UserError as error:
+        if isinstance(sampler, Heun) or steps <= sampler.max_steps:
+            raise
+        last = max(saved.model.t_min, 1.0)
+        example = f"{sampler.sigma_max:g},{(sampler.sigma_max * last) ** 0.5:.0f},{last:g}"
+        raise UserError(f"{error}; or give --times {example}") from error
     if isinstance(sampler, Multistep):
         refuse_below(saved.model.t_min, times)
     return sampler, steps
@@ -137,7 +155,8 @@ def write_samples(images: "Images", labels: object, out: Path, columns: int) -> 
             to_picture(image).save(out / f"{k:06d}.png")
 
 
-def evaluate_command(args: argparse.Namespace) -> Work:
+def what_to_evaluate(args: argparse.Namespace) -> "tuple[SavedModel, ImageSet, list[int]]":
+    """The model, the real images and the numbers of steps, all of which fit each other."""
     from onejump.samplers import Heun, Multistep, refuse_below
     from onejump.saved import load_model
     from onejump.types import UserError
@@ -156,18 +175,33 @@ def evaluate_command(args: argparse.Namespace) -> Work:
         if isinstance(saved.sampler, Multistep):
             refuse_below(saved.model.t_min, times)
     saved.model.to(device_of(args.device))
+    return saved, data, steps
+
+
+def evaluate_command(args: argparse.Namespace) -> Work:
+    saved, data, steps = what_to_evaluate(args)
 
     def work() -> None:
+        from onejump.cli_results import print_results
         from onejump.evaluate import Judge, detector_for, evaluate
-        from onejump.pipeline import versions
-        from onejump.saved import write_json
+        from onejump.run_record import versions
+        from onejump.saved import model_sha256, write_json
 
         judge = Judge(data, detector_for(data))
-        record = {"model": str(args.model), "provenance": saved.provenance, "reference": judge.reference}
-        record |= evaluate(judge, saved, steps, args.n, args.seed) | {"versions": versions()}
-        print(json.dumps(record, indent=1))
+        record = {
+            "model": str(args.model),
+            "model_sha256": model_sha256(Path(args.model)),
+            "provenance": saved.provenance,
+            "reference": judge.reference,
+            **evaluate(judge, saved, steps, args.n, args.seed),
+            "versions": versions(),
+        }
         if args.out:
             write_json(args.out, record)
+        if args.json:
+            print(json.dumps(record, indent=1))
+        else:
+            print_results(judge.reference, {str(saved.provenance.get("stage", "model")): record})
 
     return work
 

@@ -7,6 +7,7 @@ import torch
 
 from onejump.config import Recipe, Stage
 from onejump.data.image_set import ImageSet
+from onejump.fit import images_for
 from onejump.methods.tcm import TCM
 from onejump.model import ConsistencyModel
 from onejump.samplers import Heun
@@ -22,15 +23,12 @@ class Estimate:
     bytes: int
 
 
-def estimate(recipe: Recipe, data: ImageSet, device: torch.device) -> dict[str, Estimate]:
-    """One estimate a stage, by running its loss forwards and backwards on real images; nothing is kept."""
-    return {name: estimate_stage(recipe, stage, data, device) for name, stage in recipe.stages.items()}
-
-
 def estimate_stage(recipe: Recipe, stage: Stage, data: ImageSet, device: torch.device) -> Estimate:
+    """Runs the loss of this stage forwards and backwards on real images a few times; nothing is kept."""
     at_once = stage.micro_batch or stage.batch
     probe = replace(stage, batch=min(PROBE, at_once))
     nets = stage.method.nets(ConsistencyModel(recipe.network.build(), stage.precond, stage.jump).to(device).train())
+    images = images_for(recipe.network, data)
     last_step = 10**9  # the end of any curriculum, where no target is skipped
     saved: dict[int, int] = {}
 
@@ -41,7 +39,7 @@ def estimate_stage(recipe: Recipe, stage: Stage, data: ImageSet, device: torch.d
 
     seconds = []
     for _ in range(3):
-        x0, cond = data.batch(0, probe.batch, recipe.seed, device=device)
+        x0, cond = images.batch(0, probe.batch, recipe.seed, device=device)
         began = time.perf_counter()
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             loss, _ = stage.method.loss(nets, x0, cond, last_step, last_step)

@@ -221,13 +221,16 @@ class ProgressBar:
         self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
+        """A bar that has not come to its end is wiped: the words about Ctrl-C have left a copy of it above them."""
+        self.bar.live.transient = not self.bar.finished
         self.bar.stop()
 
 
 def summary(metrics: Mapping[str, Any]) -> str:
     loss = "-" if metrics["loss"] is None else f"{metrics['loss']:.4g}"
     skipped = f"  {metrics['skipped']} skipped" if metrics["skipped"] else ""
-    return f"loss {loss}  {metrics['images_per_second']:.3g} images/s{skipped}"
+    rate = metrics["images_per_second"]
+    return f"loss {loss}  {rate:{',.0f' if rate >= 10 else '.2g'}} images/s{skipped}"
 
 
 def duration(seconds: float) -> str:

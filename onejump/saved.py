@@ -1,7 +1,5 @@
 """Our format of a finished model: a folder of config.json, which rebuilds the exact object, and model.safetensors."""
 
-import errno
-import hashlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -12,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from onejump import __version__
+from onejump.checkpoint import file_sha256, why_not_written
 from onejump.config import Network, from_json, to_json
 from onejump.model import ConsistencyModel
 from onejump.precond import EDM, ToData
@@ -52,7 +51,7 @@ def save_model(folder: Path, saved: SavedModel) -> None:
             "shape": list(saved.shape),
             "class_names": list(saved.class_names),
             "provenance": saved.provenance,
-            "sha256": _sha256(folder / WEIGHTS),
+            "sha256": file_sha256(folder / WEIGHTS),
         }
     except (OSError, SafetensorError) as error:
         raise not_written(folder / WEIGHTS, error) from error
@@ -79,9 +78,7 @@ def _put_in_place(draft: Path, path: Path) -> None:
 
 def not_written(path: Path, error: Exception) -> UserError:
     """What to say, and the way out, when a file could not be written."""
-    reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())  # safetensors has its own
-    no_space = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) or "space" in str(reason)
-    way_out = "free space and run the same command again" if no_space else "give a place that can be written"
+    reason, way_out = why_not_written(error)
     return UserError(f"{path}: could not write ({reason}); {way_out}")
 
 
@@ -97,7 +94,7 @@ def load_model(path: str | Path) -> SavedModel:
         shape, names = tuple(content["shape"]), tuple(map(str, content["class_names"]))
         if len(shape) != 3 or not all(isinstance(side, int) and side > 0 for side in shape):
             raise ValueError(f"shape {shape}: channels, height and width are needed")
-        if content["sha256"] != _sha256(folder / WEIGHTS):
+        if content["sha256"] != file_sha256(folder / WEIGHTS):
             raise ValueError(
                 f"the checksum of {WEIGHTS} is not the one in {CONFIG}; copy both again or, in a run's folder, delete "
                 "the stage.json beside them and run the same command again"
@@ -117,12 +114,25 @@ def model_folder(path: Path) -> Path:
     for folder in (path, path / "model"):
         if (folder / CONFIG).is_file():
             return folder
-    finished = [p for p in path.glob(f"*/model/{CONFIG}") if (p.parent.parent / "stage.json").is_file()]
-    if not finished:
-        raise UserError(f"{path}: no model there (no {CONFIG}, and no finished stage of a run)")
-    return max(finished, key=lambda p: p.stat().st_mtime).parent
+    for name in reversed(_stages(path / "recipe.json")):
+        folder = path / name / "model"
+        if (folder / CONFIG).is_file() and (path / name / "stage.json").is_file():
+            return folder
+    raise UserError(f"{path}: no model there (no {CONFIG}, and no finished stage of a run)")
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _stages(recipe: Path) -> list[str]:
+    """The names of a run's stages in their order, none without a recipe.json."""
+    try:
+        return [str(name) for name in json.loads(recipe.read_bytes())["stages"]] if recipe.is_file() else []
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{recipe}: cannot be read; name the folder of one stage") from error
+
+
+def model_sha256(path: Path) -> str:
+    """The checksum of the weights that this path means, as their config.json has it (load_model compares them)."""
+    file = model_folder(path) / CONFIG
+    try:
+        return str(json.loads(file.read_bytes())["sha256"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: this model cannot be read") from error

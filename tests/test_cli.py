@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_run import TINY, arrays, finished_run, said
+from tiny_run import TINY, arrays, finished_run, record, said
 
 from onejump.cli import main
 from onejump.generate import generate
@@ -85,7 +85,7 @@ def test_sample_finds_the_model_in_a_run_a_stage_or_its_own_folder(out, tmp_path
 
 def test_evaluate_tells_what_a_number_rests_on_and_repeats_it(out, tmp_path, capsys):
     path = tmp_path / "numbers.json"
-    argv = ["evaluate", str(out), "--n", "30", "--seed", "7", "--out", str(path)]
+    argv = ["evaluate", str(out), "--n", "30", "--seed", "7", "--json", "--out", str(path)]
     assert main(argv) == 0
     first = json.loads(capsys.readouterr().out)
     assert first == json.loads(path.read_text())
@@ -98,15 +98,16 @@ def test_evaluate_tells_what_a_number_rests_on_and_repeats_it(out, tmp_path, cap
         ("1", 30, 7, [80.0]),
         ("2", 30, 7, [80.0, 1.0]),
     ]
+    assert first["model_sha256"] == record(out / "stage2" / "stage.json")["model_sha256"]
     assert first["provenance"]["stage"] == "stage2" and first["provenance"]["step"] == 10
-    for record in (first, second):
-        for found in record["steps"].values():
+    for one in (first, second):
+        for found in one["steps"].values():
             del found["seconds"]
     assert first == second
 
 
 def test_evaluate_gives_the_numbers_of_the_run(out, capsys):
-    assert main(["evaluate", str(out), "--n", "40", "--steps", "1"]) == 0
+    assert main(["evaluate", str(out), "--n", "40", "--steps", "1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["steps"]["1"]
     stored = json.loads((out / "evaluation.json").read_text())["stages"]["stage2"]["steps"]["1"]
     assert found | {"seconds": 0} == stored | {"seconds": 0}
@@ -117,9 +118,26 @@ def test_a_model_is_judged_by_images_without_its_labels(out, tmp_path, capsys):
 
     for k, image in enumerate(digits().images[:30, 0]):
         Image.fromarray(image.numpy()).save(tmp_path / f"{k:02}.png")
-    assert main(["evaluate", str(out), "--n", "20", "--data", str(tmp_path)]) == 0
-    record = json.loads(capsys.readouterr().out)
-    assert record["reference"]["n"] == 30 and record["reference"]["detector"] == "pixels-8x8"
+    assert main(["evaluate", str(out), "--n", "20", "--json", "--data", str(tmp_path)]) == 0
+    reference = json.loads(capsys.readouterr().out)["reference"]
+    assert reference["n"] == 30 and reference["detector"] == "pixels-8x8"
+
+
+def test_evaluate_prints_a_table(out, tmp_path, capsys):
+    assert main(["evaluate", str(out), "--n", "40", "--out", str(tmp_path / "numbers.json")]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for k, found in record(tmp_path / "numbers.json")["steps"].items():
+        sure = found["confidence"]
+        shares = [f"{share:.1%}" for share in (sure["mean"], sure["as_asked"], found["balance_distance"])]
+        assert ["stage2", k, k, f"{found['frechet']:.3f}", *shares] in rows
+
+
+def test_a_teachers_samples_are_told_by_their_steps_and_cost(out, tmp_path, capsys):
+    path = str(tmp_path / "a.png")
+    assert main(["sample", str(out / "teacher"), "--n", "2", "--out", path]) == 0
+    assert capsys.readouterr().out == f"2 images, 18 Heun steps (35 network calls), seed 0: {path}\n"
+    assert main(["sample", str(out), "--n", "2", "--steps", "2", "--out", path]) == 0
+    assert capsys.readouterr().out == f"2 images, times 80, 1, seed 0: {path}\n"
 
 
 def test_a_run_ends_with_a_table_of_its_numbers(out, capsys):
@@ -163,6 +181,8 @@ def test_a_dry_run_estimates_every_stage_and_leaves_nothing(tmp_path, capsys, mo
     assert "stage1.batch" in text and "1797 images of 1x8x8, 10 classes" in text
     for stage in ("teacher", "stage1", "stage2"):
         assert any(line.startswith(stage) and " MiB on " in line and "about" in line for line in text.splitlines())
+    assert main(["train", "digits", *TINY, "--stage", "stage2", "--dry-run"]) == 0
+    assert "stage2 " in capsys.readouterr().out.split(" classes ")[1]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -191,7 +211,37 @@ def test_train_makes_one_stage_from_the_one_before_or_from_init(out, tmp_path, c
     assert main([*train, str(tmp_path / "b"), "--init", str(out / "stage1")]) == 0
     made, known = (path / "stage2" / "model" / "model.safetensors" for path in (tmp_path / "b", out))
     assert made.read_bytes() == known.read_bytes()
+    digest = record(out / "stage1" / "stage.json")["model_sha256"]
+    origin = {"path": str(out / "stage1"), "sha256": digest}
+    for told in (
+        record(tmp_path / "b/stage2/stage.json"),
+        record(tmp_path / "b/stage2/model/config.json")["provenance"],
+    ):
+        assert told["initialised_from"] == origin and told["started_from"] == digest
+    said_by_run = record(tmp_path / "b" / "run.json")["command"]
+    assert said_by_run.startswith("onejump train digits") and f"--init {out / 'stage1'}" in said_by_run
     assert not (tmp_path / "a").exists() and not (tmp_path / "b" / "stage1").exists()
+
+
+def test_a_stage_keeps_to_the_model_it_was_given(out, tmp_path, capsys):
+    """`run` trains what comes before it, and leaves it as it is; another --init is refused."""
+    train = ["train", "digits", *TINY, "--stage", "stage2", "--out", str(tmp_path / "b"), "--init"]
+    assert main([*train, str(out / "teacher")]) == 0
+    known = (tmp_path / "b/stage2/model/model.safetensors").read_bytes()
+    assert main([*train, str(out / "teacher")]) == 0
+    capsys.readouterr()
+    assert "began from another model" in said(capsys, [*train, str(out / "stage1")], 2)
+    assert main(["run", "digits", *TINY, "--out", str(tmp_path / "b")]) == 0
+    assert "stage2: finished before, kept" in capsys.readouterr().err
+    assert (tmp_path / "b/stage2/model/model.safetensors").read_bytes() == known
+    first, then = record(tmp_path / "b" / "run.json")["command"].split(" && ")
+    assert first.startswith("onejump train") and then.startswith("onejump run")
+
+
+def test_train_refuses_a_model_of_another_sigma_data(out, tmp_path, capsys):
+    argv = ["train", "digits", *TINY, "stage1.precond.sigma_data=0.25", "--stage", "stage1", "--init", out / "teacher"]
+    line = said(capsys, [*argv, "--out", tmp_path / "a"], 2)
+    assert "its precond.sigma_data is 0.5, but stage1.precond.sigma_data is 0.25" in line
 
 
 def test_train_refuses_a_model_of_another_network(out, tmp_path, capsys):

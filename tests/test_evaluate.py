@@ -56,9 +56,17 @@ def test_the_reference_is_what_real_images_get(judge):
     a, b = judge.features[order[:899]], judge.features[order[899:]]
     assert reference["real_half_frechet"] == pytest.approx(frechet_distance(a, b))
     pixels = digits().images.flatten(1).double() / 127.5
-    halves = ((pixels[::2][:500], pixels[1::2]), (pixels[1::2][:500], pixels[::2]))
-    nearest = torch.cat([torch.cdist(half, other).min(1).values / 8 for half, other in halves])
+    chosen = torch.randperm(1797, generator=torch.Generator().manual_seed(1))[:1000]
+    distances = torch.cdist(pixels, pixels, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(torch.inf)
+    nearest = distances[chosen].min(1).values / 8
     assert reference["nearest_rms_of_real"] == pytest.approx(nearest.mean().item())
+
+
+def test_a_real_image_that_is_there_twice_is_at_distance_0_from_its_nearest_other():
+    """Of 4 images, two are alike: they count 0; the others count their distance to the nearest of the rest."""
+    images = torch.tensor([0, 0, 51, 255], dtype=torch.uint8)[:, None, None, None].expand(4, 1, 8, 8)
+    judge = Judge(ImageSet("greys", images), PixelDetector())
+    assert judge.reference["nearest_rms_of_real"] == pytest.approx((0 + 0 + 0.4 + 1.6) / 4)
 
 
 def test_any_other_images_are_judged_by_their_pixels_whatever_their_name():
@@ -98,6 +106,12 @@ def test_a_record_names_its_times_calls_and_seed_and_does_not_depend_on_the_batc
 def test_a_model_with_classes_is_asked_for_each_in_turn(judge):
     found = evaluate(judge, zero_model(tuple("0123456789")), (1,), n=30, seed=0)["steps"]["1"]
     assert found["confidence"]["as_asked"] == pytest.approx(0.1)  # all images alike: one class in ten is right
+
+
+def test_classes_that_are_not_those_of_the_images_are_not_looked_for(judge):
+    """Class 3 of these names is no digit 3."""
+    found = evaluate(judge, zero_model(tuple("abcdefghij")), (1,), n=30, seed=0)["steps"]["1"]
+    assert found["confidence"]["as_asked"] is None and found["balance_distance"] > 0.5
 
 
 def test_heun_counts_two_calls_a_step_but_for_the_last(judge):

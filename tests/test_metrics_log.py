@@ -1,6 +1,9 @@
+import re
+import sys
+
 import pytest
 
-from onejump.metrics_log import ProgressBar, ProgressLines, RunLog, duration
+from onejump.metrics_log import ProgressBar, ProgressLines, RunLog, duration, summary
 
 
 def test_progress_tells_loss_speed_and_time_left_on_a_terminal_and_in_a_file(capsys):
@@ -16,7 +19,44 @@ def test_progress_tells_loss_speed_and_time_left_on_a_terminal_and_in_a_file(cap
     assert first.startswith("stage1: 60/100  loss 0.25  123 images/s  2 skipped  ") and first.endswith(" left")
     assert last.startswith("stage1: 100/100") and message == "stage1: checkpoint: [bold] is text"
     assert "100/100" in shown and "loss 0.25  123 images/s" in shown and "checkpoint: [bold] is text" in shown
+    rates = [summary({"loss": None, "images_per_second": rate, "skipped": 0}) for rate in (2910.4, 0.25)]
+    assert rates == ["loss -  2,910 images/s", "loss -  0.25 images/s"]
     assert [duration(s) for s in (5, 65, 3600 * 2 + 61)] == ["5s", "1m05s", "2h01m"]
+
+
+def screen(text):
+    """What a terminal shows after these characters: new lines, returns, lines wiped, the cursor moved up."""
+    lines, row, column = [""], 0, 0
+    for code, char in re.findall(r"\x1b\[([?0-9;]*[A-Za-z])|([^\x1b])", text):
+        if code.endswith("A"):
+            row -= int(code[:-1])
+        elif code == "2K":
+            lines[row] = ""
+        elif char == "\n":
+            row, column = row + 1, 0
+            lines += [""] * (row == len(lines))
+        elif char == "\r":
+            column = 0
+        elif char:
+            lines[row] = lines[row][:column].ljust(column) + char + lines[row][column + 1 :]
+            column += 1
+    return lines
+
+
+def test_after_ctrl_c_a_terminal_shows_one_bar(capsys, monkeypatch):
+    """A second one below what the signal's handler writes would be left behind."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    metrics = {"loss": 0.25, "images_per_second": 123.4, "skipped": 0}
+    terminal, progress = sys.stderr, ProgressBar("stage1")  # a bar that runs puts something of its own there
+    progress.start(100, 0)
+    progress.update(40, metrics)
+    progress.bar.refresh()
+    print("^C\nStopping after this step", file=terminal)
+    progress.update(41, metrics)
+    progress.close()
+    left = [line.split()[0] for line in screen(capsys.readouterr().err) if line.strip()]
+    assert left == ["stage1", "Stopping"]
 
 
 def test_tensorboard_gets_the_numbers_of_the_lines(tmp_path):

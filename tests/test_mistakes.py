@@ -27,7 +27,13 @@ def out(tmp_path_factory):
         (["run", "digits", "--device", "abacus"], "--device abacus: not usable here; there are cpu"),
         (["run", "digits", "--device", "meta"], "--device meta: not usable here; there are cpu"),
         (["run", "digits", "--size", "16"], "the digits are 8x8"),
+        (["run", "digits", "--data", ""], "--data: the path is empty"),
         (["run", "digits", "--data", "nowhere"], "nowhere: no such folder or zip file"),
+        (["run", "digits", "network.label_dim=7"], "network.label_dim: 7, but the images (digits) have 10 classes"),
+        (
+            ["run", "digits", "stage1.precond.sigma_data=0.7"],
+            "stage1.precond.sigma_data: 0.7, but teacher, from which it starts, has 0.5",
+        ),
         (["run", "digits", "--frobnicate"], "unrecognized arguments: --frobnicate"),
         (["train", "digits"], "there are teacher, stage1, stage2"),
         (["train", "digits", "--stage", "stage_1"], "did you mean stage1?"),
@@ -50,7 +56,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(argv, part, capsys, tmp_path, mon
     [
         (["--n", "0"], "--n 0: at least one image"),
         (["--n", "few"], "invalid int value: 'few'"),
-        (["--steps", "5"], "steps: 5; this model stores times for 1 to 2 steps"),
+        (["--steps", "5"], "stores times for 1 to 2 steps; or give --times 80,9,1"),
         (["--steps", "0"], "steps: 0"),
         (["--times", "80,0.5"], "0.5 is below t' = 1"),
         (["--times", "1,80"], "falling"),
@@ -90,7 +96,7 @@ def test_images_that_cannot_be_used_are_named(tmp_path, capsys):
     assert "only one image" in said(capsys, [*run, pictures(tmp_path / "one", 1)], 2)
     mixed = pictures(tmp_path / "mixed", 5)
     assert "pass --size" in said(capsys, [*run, mixed], 2)
-    assert "needs squares of 8, 12, 16" in said(capsys, [*run, mixed, "--size", "9"], 2)
+    assert "give --size 8 or 12" in said(capsys, [*run, mixed, "--size", "9"], 2)
     assert "--size 0" in said(capsys, [*run, mixed, "--size", "0"], 2)
     (mixed / "002.png").write_bytes((mixed / "002.png").read_bytes()[:300])
     assert "002.png" in said(capsys, [*run, mixed, "--size", "8"], 2)
@@ -109,7 +115,7 @@ def test_class_needs_a_model_with_classes(tmp_path, capsys):
 def test_a_place_that_cannot_be_written_is_named(out, tmp_path, capsys):
     file = tmp_path / "file"
     file.write_text("mine")
-    assert f"{file}/run.json: could not write" in said(capsys, ["run", "digits", *TINY, "--out", file], 2)
+    assert f"{file}: a file, where a run needs a folder" in said(capsys, ["run", "digits", *TINY, "--out", file], 2)
     assert str(file) in said(capsys, ["sample", out, "--n", "2", "--out", file / "x.png"], 1)
     assert str(file) in said(capsys, ["sample", out, "--n", "2", "--out", file], 1)
     assert file.read_text() == "mine"

@@ -12,7 +12,7 @@ import pytest
 from tiny_run import command, finished_run, record, weights
 
 from onejump.cli import main
-from onejump.pipeline import alone
+from onejump.run_record import alone
 
 
 @pytest.mark.parametrize("name", ["stage2/stage.json", "evaluation.json"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pickle
 import shutil
 
@@ -84,8 +85,13 @@ def test_what_comes_back_computes_the_same_bits(folder):
 def test_a_model_is_found_from_its_stage_and_its_run_the_last_finished_stage_first(tmp_path):
     run = finished_run(tmp_path)
     assert model_folder(run) == run / "stage2" / "model" == model_folder(run / "stage2")
+    os.utime(run / "teacher" / "model" / "config.json")  # as copying a folder may: the order is the recipe's
+    assert model_folder(run) == run / "stage2" / "model"
     (run / "stage2" / "stage.json").unlink()
     assert model_folder(run) == run / "stage1" / "model"
+    (run / "recipe.json").write_text('{"stages')
+    with pytest.raises(UserError, match="recipe.json: cannot be read"):
+        model_folder(run)
 
 
 def test_a_pickle_is_never_read(folder, capsys):

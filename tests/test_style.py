@@ -26,11 +26,12 @@ solvers
 samplers
 methods
 config generate metrics_log
+fit
 overrides saved recipes estimate run_state run_folder
-train evaluate report_charts
+train evaluate report_charts run_record
 report
 pipeline
-cli_input
+cli_input cli_results
 cli_model
 cli
 __main__

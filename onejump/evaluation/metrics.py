@@ -76,10 +76,11 @@ def _kernel_sum(x: Tensor, y: Tensor) -> Tensor:
 
 
 def nearest_neighbours(
-    samples: Images, training: UInt8[Tensor, "m c h w"]
+    samples: Images, training: UInt8[Tensor, "m c h w"], own: Int64[Tensor, " n"] | None = None
 ) -> tuple[Int64[Tensor, " n"], Float64[Tensor, " n"]]:
     """For each sample the nearest training image (the first among equals) and its distance.
 
+    own: for samples that are training images themselves, their places among them, which are left out.
     Distance: root mean square over the pixels, in units of [-1, 1] (0 for a copy, 2 for black against white).
     """
     x = samples.cpu().flatten(1).double()
@@ -91,6 +92,10 @@ def nearest_neighbours(
             rows = slice(i, i + ROWS)
             # bytes are whole numbers, so this is exact in float64: a copy is at distance 0
             squares = x[rows].square().sum(1)[:, None] + y.square().sum(1) - 2 * x[rows] @ y.T
+            if own is not None:
+                place = own[rows] - start
+                here = (0 <= place) & (place < len(y))
+                squares[here, place[here]] = torch.inf
             value, place = squares.min(1)
             closer = value < best[rows]
             best[rows] = torch.where(closer, value, best[rows])
