@@ -8,7 +8,7 @@ from onejump.methods.ect import ECT
 from onejump.methods.ict import ICT
 from onejump.methods.tcm import TCM
 from onejump.networks.song_unet import SongUNetConfig
-from onejump.optim import CosineRate
+from onejump.optim import Adam, CosineRate
 from onejump.precond import EDM
 from onejump.samplers import Heun, Multistep
 from onejump.times import Discretisation, LogStudentT
@@ -42,12 +42,22 @@ def small_unet(data: ImageSet) -> SongUNetConfig:
 def digits(data: ImageSet) -> Recipe:
     """Teacher (EDM) -> stage 1 (ECT) -> stage 2 (TCM). The curriculum has as few doublings as so short a run bears."""
     curriculum = Discretisation(q=2, double_every=150, ratio_limit=0.984375)
-    teacher = Stage(DSM(), steps=1000, batch=128, rate=CosineRate(1e-3), ema=PowerEMA(), sampler=Heun())
+    teacher = Stage(
+        DSM(),
+        steps=1000,
+        batch=128,
+        optimizer=Adam(),
+        rate=CosineRate(1e-3),
+        clip=1.0,  # keeps the first steps small for images of any size: the losses are sums over pixels
+        ema=PowerEMA(),
+        sampler=Heun(),
+    )
     stage1 = Stage(
         ECT(delta=curriculum, t_min=0.002, t_max=80.0),
         steps=1000,
         batch=128,
         rate=CosineRate(1e-3),
+        clip=1.0,
         ema=PowerEMA(),
         sampler=Multistep(mid=(0.8,)),
     )
@@ -57,6 +67,7 @@ def digits(data: ImageSet) -> Recipe:
         count_on=True,
         batch=128,
         rate=CosineRate(2e-3),
+        clip=1.0,
         ema=PowerEMA(),
         sampler=Multistep(mid=(1.0,)),
     )
@@ -75,6 +86,7 @@ def digits_ict(data: ImageSet) -> Recipe:
         steps=2500,
         batch=128,
         rate=CosineRate(1e-3),
+        clip=1.0,
         ema=PowerEMA(),
         precond=EDM(sigma_min=0.002),
         sampler=Multistep(mid=(0.821,)),
