@@ -4,7 +4,8 @@
 
 For each seed: the recipe `digits` whole; and from the same teacher a stage 1 that is longer by as many steps as
 stage 2 took time for (both measured in the recipe's run), its learning rate falling to 0 over its own length.
-Prints one-step and two-step Frechet distances, mean and spread, and writes them with their curves to OUT/stages.json.
+Prints one-step and two-step Frechet distances, mean and spread; OUT/stages.json holds them with their curves, which
+OUT/stages.svg shows.
 """
 
 import argparse
@@ -13,6 +14,8 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+from onejump.svg import Style, line_chart
 
 
 def onejump(*words: str) -> None:
@@ -54,6 +57,20 @@ def compare(seed: int, out: Path, overrides: list[str]) -> dict:
     }
 
 
+def draw(records: list[dict]) -> str:
+    """One-step Frechet distance against seconds of training since stage 1 began, as SVG; a colour a seed."""
+    series, styles = {}, {}
+    for i, record in enumerate(records):
+        before = record["seconds"]["stage1"]
+        for name, offset, dash in (("stage1 longer", 0, True), ("stage1", 0, False), ("stage2", before, False)):
+            points = [(offset + seconds, frechet) for _, seconds, frechet in record["curves"][name]]
+            label = f"seed {record['seed']}, {name}"
+            series[label] = points
+            styles[label] = Style(i, dash=dash, markers=name == "stage2", opacity=0.5 if name == "stage1" else 1.0)
+    labels = ("Digits: stage 2 against a longer stage 1", "seconds of training since stage 1 began", "Frechet distance")
+    return line_chart(series, *labels, log_y=True, styles=styles)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0,1,2")
@@ -62,6 +79,7 @@ def main() -> None:
     args = parser.parse_args()
     records = [compare(int(seed), args.out, args.overrides) for seed in args.seeds.split(",")]
     (args.out / "stages.json").write_text(json.dumps(records, indent=1) + "\n")
+    (args.out / "stages.svg").write_text(draw(records))
     for name in ("stage1", "stage1 longer", "stage2"):
         for k in ("1", "2"):
             values = [record["frechet"][name][k] for record in records]

@@ -80,7 +80,7 @@ def digits(data: ImageSet) -> Recipe:
 
 
 def digits_ict(data: ImageSet) -> Recipe:
-    """iCT, its curriculum cut to five doublings."""
+    """iCT, its curriculum cut to four doublings: as many as so short a run bears."""
     stage = Stage(
         ICT(s0=10, s1=160),
         steps=2500,
