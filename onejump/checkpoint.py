@@ -99,14 +99,18 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     return None
 
 
-def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def pack_optimizer(
+    optimizer: torch.optim.Optimizer, prefix: str = "optimizer"
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The optimiser's state as named tensors ("optimizer/3/exp_avg": parameter 3), and its kind as JSON."""
     state = optimizer.state_dict()["state"]
-    tensors = {f"optimizer/{i}/{name}": value for i, values in state.items() for name, value in values.items()}
+    tensors = {f"{prefix}/{i}/{name}": value for i, values in state.items() for name, value in values.items()}
     return tensors, _kind(optimizer)
 
 
-def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+def unpack_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], prefix: str = "optimizer"
+) -> None:
     """The inverse of pack_optimizer; hyper-parameters stay those of `optimizer`. UserError if it is of another kind."""
     kind = _kind(optimizer)
     if meta != kind:
@@ -116,7 +120,7 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Ten
         )
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
-        if name.startswith("optimizer/"):
+        if name.startswith(f"{prefix}/"):
             _, i, field = name.split("/")
             state.setdefault(int(i), {})[field] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

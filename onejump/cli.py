@@ -12,9 +12,9 @@ from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onejump import __version__, cli_model
+from onejump import __version__, cli_analytic, cli_model
 from onejump.cli_input import check_name, device_of, images_of
-from onejump.recipes import NAMES
+from onejump.recipes import LISTED
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +88,8 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="onejump", description="Images in one or two network calls: consistency models.")
     top.add_argument("--version", action="version", version=f"onejump {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    recipes = "recipes:\n" + "\n".join(f"  {name:<12} {text}" for name, text in NAMES.items())
+    width = max(map(len, LISTED))
+    recipes = "recipes:\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in LISTED.items())
 
     def add(
         name: str, command: Callable[[argparse.Namespace], Work], text: str, epilog: str = ""
@@ -108,12 +109,8 @@ def parser() -> argparse.ArgumentParser:
         made.add_argument("overrides", nargs="*", metavar="path=value", help="such as stage1.steps=500 or seed=3")
         made.add_argument("--data", metavar="PATH", help="folder or zip of images (default: scikit-learn's digits)")
         made.add_argument("--size", type=int, metavar="N", help="crop and resize the images to N x N")
-        made.add_argument(
-            "--out",
-            type=Path,
-            metavar="DIR",
-            help="the run's folder (default: runs/RECIPE[-IMAGES])",
-        )
+        made.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/RECIPE[-IMAGES])")
+        made.add_argument("--teacher", metavar="MODEL", help="distil this diffusion model (CD, CTM)")
         made.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
         made.add_argument("--dry-run", action="store_true", help="print the configuration, time and memory, and stop")
         made.add_argument("--tensorboard", action="store_true", help="also write TensorBoard's files")
@@ -121,6 +118,7 @@ def parser() -> argparse.ArgumentParser:
             made.add_argument("--stage", help="which stage (default: the only one)")
             made.add_argument("--init", metavar="MODEL", help="start from this model instead of the stage before")
     cli_model.add_commands(add)
+    cli_analytic.add_commands(add)
     return top
 
 
@@ -128,8 +126,12 @@ def recipe_of(args: argparse.Namespace, data: "ImageSet") -> "Recipe":
     from onejump.fit import images_for
     from onejump.overrides import apply_overrides
     from onejump.recipes import build_recipe
+    from onejump.start import distilled_from
 
-    recipe = apply_overrides(build_recipe(args.recipe, data), args.overrides)
+    recipe = build_recipe(args.recipe, data)
+    if args.teacher is not None:
+        recipe = distilled_from(recipe, args.teacher)
+    recipe = apply_overrides(recipe, args.overrides)
     images_for(recipe.network, data)
     return recipe
 
@@ -142,7 +144,8 @@ def default_out(args: argparse.Namespace) -> Path:
 
 def command_of(args: argparse.Namespace, out: Path) -> str:
     """The command that makes, or goes on with, the whole run; with --init, the very one that was given."""
-    given = [("--data", args.data), ("--size", args.size), ("--device", args.device), ("--out", out)]
+    given = [("--teacher", args.teacher), ("--data", args.data), ("--size", args.size)]
+    given += [("--device", args.device), ("--out", out)]
     name = "run"
     if "init" in args and args.init is not None:
         name, given = "train", [("--stage", args.stage), ("--init", args.init), *given]
@@ -153,8 +156,9 @@ def command_of(args: argparse.Namespace, out: Path) -> str:
 def run_command(args: argparse.Namespace) -> Work:
     from onejump.cli_results import print_results
     from onejump.fit import check_chain
-    from onejump.pipeline import run
+    from onejump.pipeline import check_teachers, run
     from onejump.run_record import alone, check_run, open_run, read_json
+    from onejump.start import Given
 
     check_name(args.recipe)
     data = images_of(args)
@@ -164,11 +168,13 @@ def run_command(args: argparse.Namespace) -> Work:
         return lambda: dry_run(recipe, list(recipe.stages), data, device)
     out = args.out or default_out(args)
     check_run(recipe, data, out)
+    given = Given(teacher=args.teacher)
+    check_teachers(recipe, list(recipe.stages), data, out, device, given)
 
     def work() -> None:
         with alone(out):
             open_run(recipe, data, out, device, command_of(args, out))
-            report = run(recipe, data, out, device, args.tensorboard)
+            report = run(recipe, data, out, device, given, args.tensorboard)
         evaluation = read_json(out / "evaluation.json")
         print_results(evaluation["reference"], evaluation["stages"])
         print(f"Report: {report}")
@@ -177,10 +183,11 @@ def run_command(args: argparse.Namespace) -> Work:
 
 
 def train_command(args: argparse.Namespace) -> Work:
-    from onejump.config import did_you_mean
+    from onejump.config_json import did_you_mean
     from onejump.evaluate import Judge, detector_for
-    from onejump.pipeline import start_of, starting_model, train_stage
+    from onejump.pipeline import check_teachers, train_stage
     from onejump.run_record import alone, check_run, open_run
+    from onejump.start import Given, start_of, starting_model
     from onejump.types import UserError
 
     check_name(args.recipe)
@@ -195,12 +202,14 @@ def train_command(args: argparse.Namespace) -> Work:
         return lambda: dry_run(recipe, [stage], data, device)
     out = args.out or default_out(args)
     check_run(recipe, data, out)
-    starting_model(recipe, stage, start_of(recipe, stage, out, args.init))
+    given = Given(args.init, args.teacher)
+    check_teachers(recipe, [stage], data, out, device, given)
+    starting_model(recipe, stage, start_of(recipe, stage, out, given))
 
     def work() -> None:
         with alone(out):
             open_run(recipe, data, out, device, command_of(args, out))
-            train_stage(recipe, stage, Judge(data, detector_for(data)), out, device, args.tensorboard, args.init)
+            train_stage(recipe, stage, Judge(data, detector_for(data)), out, device, given, args.tensorboard)
 
     return work
 

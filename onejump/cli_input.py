@@ -45,7 +45,7 @@ def device_of(name: str | None) -> "torch.device":
 
 def check_name(recipe: str) -> None:
     """Before any image is read: a wrong name should not cost a minute."""
-    from onejump.config import did_you_mean
+    from onejump.config_json import did_you_mean
     from onejump.types import UserError
 
     if recipe not in NAMES:

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onejump.cli_input import check_seed, device_of, images_of, numbers_of
+from onejump.cli_sampling import STEPS, add_sampling, sampling, what_was_done
 from onejump.recipes import NAMES
 
 if TYPE_CHECKING:
     from onejump.data.image_set import ImageSet
-    from onejump.samplers import Sampler
     from onejump.saved import SavedModel
     from onejump.types import Images
 
 Work = Callable[[], None]
-STEPS = "jumps, a network call each (default: {}); a diffusion teacher: Heun steps, two calls each (default: 18)"
 
 
 def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -25,7 +24,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     made.add_argument("model", help="a model's folder, or a run's (its last stage)")
     made.add_argument("--n", type=int, default=60, help="how many (default: %(default)s)")
     made.add_argument("--steps", type=int, help=STEPS.format("1"))
-    made.add_argument("--times", metavar="T,T,..", help="falling noise levels instead of the model's own, such as 80,1")
+    add_sampling(made)
     made.add_argument("--class", dest="label", metavar="NAME", help="one class only (default: all in turn)")
     made.add_argument("--seed", type=int, default=0, help="image k depends on (seed, k) alone (default: %(default)s)")
     made.add_argument("--out", type=Path, default=Path("samples.png"), help="grid .png, arrays .npz, or a folder")
@@ -76,47 +75,8 @@ def sample_command(args: argparse.Namespace) -> Work:
     return work
 
 
-def what_was_done(sampler: "Sampler", steps: int) -> str:
-    from onejump.evaluate import calls
-    from onejump.samplers import Heun
-
-    if isinstance(sampler, Heun):
-        return f"{steps} Heun steps ({calls(sampler, steps)} network calls)"
-    return f"times {', '.join(f'{t:g}' for t in sampler.times(steps))}"
-
-
-def sampling(args: argparse.Namespace, saved: "SavedModel") -> "tuple[Sampler, int]":
-    """The sampler and its number of steps: the model's own, or --times."""
-    from onejump.samplers import Heun, Multistep, refuse_below
-    from onejump.types import UserError
-
-    sampler, steps = saved.sampler, args.steps
-    if steps is None:
-        steps = 18 if isinstance(sampler, Heun) else 1
-    if args.times:
-        if isinstance(sampler, Heun):
-            raise UserError("--times: this is a diffusion model, whose sampler takes --steps only")
-        if args.steps is not None:
-            raise UserError("--steps and --times: give one of them; the number of times is the number of steps")
-        first, *mid = numbers_of("--times", args.times, float)
-        if mid != sorted(mid, reverse=True) or max(mid, default=0) > first:
-            raise UserError(f"--times {args.times}: falling noise levels are needed, such as 80,1")
-        sampler, steps = Multistep(first, tuple(mid)), 1 + len(mid)
-    try:
-        times = sampler.times(steps)
-    except UserError as error:
-        if isinstance(sampler, Heun) or steps <= sampler.max_steps:
-            raise
-        last = max(saved.model.t_min, 1.0)
-        example = f"{sampler.sigma_max:g},{(sampler.sigma_max * last) ** 0.5:.0f},{last:g}"
-        raise UserError(f"{error}; or give --times {example}") from error
-    if isinstance(sampler, Multistep):
-        refuse_below(saved.model.t_min, times)
-    return sampler, steps
-
-
 def class_number(name: str, class_names: tuple[str, ...]) -> int:
-    from onejump.config import did_you_mean
+    from onejump.config_json import did_you_mean
     from onejump.types import UserError
 
     if not class_names:
@@ -157,7 +117,7 @@ def write_samples(images: "Images", labels: object, out: Path, columns: int) -> 
 
 def what_to_evaluate(args: argparse.Namespace) -> "tuple[SavedModel, ImageSet, list[int]]":
     """The model, the real images and the numbers of steps, all of which fit each other."""
-    from onejump.samplers import Heun, Multistep, refuse_below
+    from onejump.samplers import ODE, Multistep, refuse_below
     from onejump.saved import load_model
     from onejump.types import UserError
 
@@ -168,7 +128,7 @@ def what_to_evaluate(args: argparse.Namespace) -> "tuple[SavedModel, ImageSet, l
     if args.n < 2:
         raise UserError(f"--n {args.n}: a distance needs at least 2 samples")
     check_seed(args.seed)
-    default = "18" if isinstance(saved.sampler, Heun) else "1,2"
+    default = "18" if isinstance(saved.sampler, ODE) else "1,2"
     steps = numbers_of("--steps", args.steps or default, int)
     for k in steps:
         times = saved.sampler.times(k)
@@ -223,10 +183,11 @@ def report_command(args: argparse.Namespace) -> Work:
 def show_command(args: argparse.Namespace) -> Work:
     if args.what in NAMES or not Path(args.what).exists():
         from onejump.overrides import describe
-        from onejump.recipes import build_recipe
+        from onejump.recipes import PUBLISHED, build_recipe, names
 
         check_what(args.what)
-        recipe = build_recipe(args.what, images_of(args))
+        images = None if args.what in names(PUBLISHED) and args.data is None else images_of(args)
+        recipe = build_recipe(args.what, images)
         return lambda: print(describe(recipe))
     from onejump.saved import load_model
 
@@ -235,7 +196,7 @@ def show_command(args: argparse.Namespace) -> Work:
 
 
 def check_what(what: str) -> None:
-    from onejump.config import did_you_mean
+    from onejump.config_json import did_you_mean
     from onejump.types import UserError
 
     if what not in NAMES:

@@ -5,12 +5,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from onejump.config import Recipe, Stage
+from onejump.analytic import AnalyticPrecond
+from onejump.config import Distilling, Recipe, Stage
 from onejump.data.image_set import ImageSet
-from onejump.fit import images_for
-from onejump.methods.tcm import TCM
+from onejump.fit import images_for, network_of
+from onejump.methods.base import Nets
 from onejump.model import ConsistencyModel
-from onejump.samplers import Heun
+from onejump.precond import Euler
+from onejump.samplers import ODE
 
 PROBE = 32  # images in a timed pass, unless the stage's own are fewer
 
@@ -27,7 +29,7 @@ def estimate_stage(recipe: Recipe, stage: Stage, data: ImageSet, device: torch.d
     """Runs the loss of this stage forwards and backwards on real images a few times; nothing is kept."""
     at_once = stage.micro_batch or stage.batch
     probe = replace(stage, batch=min(PROBE, at_once))
-    nets = stage.method.nets(ConsistencyModel(recipe.network.build(), stage.precond, stage.jump).to(device).train())
+    nets = nets_for(recipe, stage, device)
     images = images_for(recipe.network, data)
     last_step = 10**9  # the end of any curriculum, where no target is skipped
     saved: dict[int, int] = {}
@@ -49,19 +51,32 @@ def estimate_stage(recipe: Recipe, stage: Stage, data: ImageSet, device: torch.d
         seconds.append(time.perf_counter() - began)
         activations, saved = sum(saved.values()), {}
     weights = sum(p.numel() * p.element_size() for p in nets.student.parameters())
-    copies = 5 + isinstance(stage.method, TCM)  # weights, gradients, two moments, EMA; the frozen network
+    copies = (
+        5 + len(nets.frozen) + (nets.teacher is not None) + (nets.average is not None)
+    )  # gradients, two moments, EMA
     training = min(seconds) * stage.steps * stage.batch / probe.batch
-    forward = min(seconds) / probe.batch / (4 if not isinstance(stage.sampler, Heun) else 3)
+    forward = min(seconds) / probe.batch / (4 if not isinstance(stage.sampler, ODE) else 3)
     return Estimate(
         seconds=training + forward * evaluation_passes(recipe, stage),
         bytes=copies * weights + activations * at_once // probe.batch,
     )
 
 
+def nets_for(recipe: Recipe, stage: Stage, device: torch.device) -> Nets:
+    """The networks of this stage with random weights; a teacher of the student's size."""
+    jump = Euler() if isinstance(stage.jump, AnalyticPrecond) else stage.jump
+    net = network_of(recipe, stage).build()
+    student = ConsistencyModel(net, stage.precond, jump, second_time=stage.second_time != "off").to(device).train()
+    if not isinstance(stage.method, Distilling):
+        return stage.method.nets(student)
+    critic = (stage.critic.build().to(device),) if stage.critic else ()
+    return stage.method.nets(student, ConsistencyModel(recipe.network.build()).to(device).eval(), *critic)
+
+
 def evaluation_passes(recipe: Recipe, stage: Stage) -> int:
     """Network passes over single images, outside training."""
     n, every = recipe.evaluation.n, recipe.evaluate_every or stage.steps
     during = stage.steps // every + 1
-    if isinstance(stage.sampler, Heun):
+    if isinstance(stage.sampler, ODE):
         return n * (2 * recipe.evaluation.teacher_steps - 1)
-    return n * (during + sum(recipe.evaluation.steps))
+    return n * (during + 1) * sum(recipe.evaluation.steps)

@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 
+from onejump.config_json import to_json
 from onejump.data.image_set import ImageSet
 from onejump.evaluation.features import Detector, DigitsDetector, PixelDetector
 from onejump.evaluation.metrics import (
@@ -20,7 +21,6 @@ from onejump.evaluation.metrics import (
     nearest_neighbours,
 )
 from onejump.generate import balanced_labels, generate
-from onejump.samplers import Heun, Sampler
 from onejump.saved import SavedModel
 from onejump.types import Images
 
@@ -98,11 +98,6 @@ class Judge:
         }
 
 
-def calls(sampler: Sampler, steps: int) -> int:
-    """Network calls for one image: a Heun step takes two, the last one, by Euler, takes one."""
-    return 2 * steps - 1 if isinstance(sampler, Heun) else steps
-
-
 def evaluate(
     judge: Judge, saved: SavedModel, steps: Sequence[int], n: int, seed: int, batch: int = 512
 ) -> dict[str, Any]:
@@ -117,5 +112,5 @@ def evaluate(
         images = generate(saved.model, sampler, k, range(n), saved.shape, labels, seed, batch)
         seconds = time.perf_counter() - began
         numbers = judge.numbers(images, asked)
-        out[str(k)] = {**numbers, "times": sampler.times(k), "nfe": calls(sampler, k), "seed": seed, "seconds": seconds}
-    return {"sampler": {"type": type(sampler).__name__, **asdict(sampler)}, "steps": out}
+        out[str(k)] = {**numbers, "times": sampler.times(k), "nfe": sampler.calls(k), "seed": seed, "seconds": seconds}
+    return {"sampler": to_json(sampler), "steps": out}

@@ -2,8 +2,14 @@
 
 from dataclasses import replace
 
-from onejump.config import Network, Recipe
+from onejump.config import Network, Recipe, Stage
 from onejump.data.image_set import ImageSet
+from onejump.lpips import LPIPS
+from onejump.methods.cd import CD
+from onejump.methods.continuous import ContinuousCD, ContinuousCT
+from onejump.methods.ct import CT
+from onejump.methods.ctm import CTM
+from onejump.methods.ctm_gan import CTMGAN
 from onejump.types import UserError
 
 
@@ -19,6 +25,18 @@ def images_for(network: Network, data: ImageSet) -> ImageSet:
         or_none = ", or 0 for a model without classes" if data.classes else ""
         raise UserError(f"network.label_dim: {network.label_dim}, but the images ({data.name}) {has}{or_none}")
     return data
+
+
+def network_of(recipe: Recipe, stage: Stage) -> Network:
+    """The recipe's network; where the stage's jumps end anywhere, with an embedding of the second time."""
+    return replace(recipe.network, second_time=stage.second_time)
+
+
+def check_files(stage: Stage) -> None:
+    """Raises UserError now, and not after the stages before, if weights that the distance reads are missing."""
+    method = stage.method.ctm if isinstance(stage.method, CTMGAN) else stage.method
+    if isinstance(method, CT | CD | ContinuousCT | ContinuousCD | CTM) and isinstance(method.distance, LPIPS):
+        method.distance.check()
 
 
 def check_chain(recipe: Recipe) -> None:

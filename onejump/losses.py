@@ -6,7 +6,18 @@ import torch
 
 from onejump.types import PerSample, Samples, Times
 
+Distance = Callable[[Samples, Samples], PerSample]
 Weight = Callable[[Times, Times], PerSample]
+
+
+def mean_l1(x: Samples, y: Samples) -> PerSample:
+    """mean |x - y| over all elements of a sample. CM's `l1`."""
+    return (x - y).flatten(1).abs().mean(1)
+
+
+def mean_l2(x: Samples, y: Samples) -> PerSample:
+    """mean (x - y)^2 over all elements of a sample. CM's `l2`."""
+    return (x - y).flatten(1).square().mean(1)
 
 
 def squared_l2(x: Samples, y: Samples) -> PerSample:
@@ -40,7 +51,7 @@ def inverse_c_out(t: Times, r: Times, sigma_data: float = 0.5) -> PerSample:
 
 
 def inverse_c_out_squared(t: Times, r: Times, sigma_data: float = 0.5) -> PerSample:
-    """1 / c_out(t)^2 = 1/t^2 + 1/sigma_data^2. ECT and TCM's released command line on ImageNet-64."""
+    """1 / c_out(t)^2 = 1/t^2 + 1/sigma_data^2. ECT and TCM's released command line on ImageNet-64; CM's `karras`."""
     return 1 / t**2 + 1 / sigma_data**2
 
 
@@ -49,6 +60,21 @@ def t_over_c_out_squared_delta(t: Times, r: Times, sigma_data: float = 0.5) -> P
     return t * (1 / t**2 + 1 / sigma_data**2) / (t - r)
 
 
+def snr(t: Times, r: Times) -> PerSample:
+    """1 / t^2, the signal-to-noise ratio. CM's `snr`."""
+    return 1 / t**2
+
+
+def snr_plus_one(t: Times, r: Times) -> PerSample:
+    """1 / t^2 + 1. CM's `snr+1`."""
+    return 1 / t**2 + 1
+
+
+def truncated_snr(t: Times, r: Times) -> PerSample:
+    """max(1 / t^2, 1). CM's `truncated-snr`."""
+    return (1 / t**2).clamp_min(1)
+
+
 def uniform(t: Times, r: Times) -> PerSample:
-    """1."""
+    """1. CM's and CTM's default."""
     return torch.ones_like(t)

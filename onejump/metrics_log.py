@@ -5,7 +5,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -17,6 +18,7 @@ from onejump.methods.base import Stats
 from onejump.types import UserError
 
 BINS, T_LOW, T_HIGH = 16, 0.002, 80.0  # of loss_by_t
+LINE_EVERY = 10.0  # seconds between two lines of progress
 
 
 def time_bin(t: Tensor) -> Tensor:
@@ -237,3 +239,31 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+
+
+@contextmanager
+def progress_of(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Told (done, in all): a live bar if standard error is a terminal; elsewhere a line every 10 seconds at most."""
+    first: tuple[int, float] | None = None
+    shown = time.monotonic()
+    bar = ProgressBar(title) if sys.stderr.isatty() else None
+
+    def tell(done: int, total: int) -> None:
+        nonlocal first, shown
+        now = time.monotonic()
+        if first is None:
+            first = done, now
+            if bar is not None:
+                bar.start(total, done)
+        if bar is not None:
+            bar.update(done, None)
+        elif done > first[0] and (now - shown >= LINE_EVERY or done == total):
+            shown = now
+            left = (now - first[1]) / (done - first[0]) * (total - done)
+            print(f"{title}: {done}/{total}  {duration(left)} left", file=sys.stderr, flush=True)
+
+    try:
+        yield tell
+    finally:
+        if bar is not None:
+            bar.close()

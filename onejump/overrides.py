@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any, get_origin
 
-from onejump.config import CLASSES, FUNCTIONS, Recipe, Stage, decode, did_you_mean, from_json, to_json
+from onejump.config import CLASSES, FUNCTIONS, Recipe, Stage
+from onejump.config_json import decode, did_you_mean, from_json, to_json
 from onejump.types import UserError
 
 TYPES = {cls.__name__: cls for cls in CLASSES}

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onejump.config import Recipe, Stage, from_json
+from onejump.config import Recipe, Stage
+from onejump.config_json import from_json
 from onejump.methods.dsm import DSM
 from onejump.types import UserError
 

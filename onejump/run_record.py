@@ -15,7 +15,8 @@ import torch
 
 from onejump import __version__
 from onejump.checkpoint import saved_steps
-from onejump.config import Recipe, from_json, join, to_json
+from onejump.config import Recipe
+from onejump.config_json import from_json, join, to_json
 from onejump.data.image_set import ImageSet
 from onejump.saved import not_written, write_json
 from onejump.types import UserError

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from onejump.checkpoint import Checkpoint, pack_optimizer, unpack_optimizer
 from onejump.config import Stage
+from onejump.ema import EMA, update_ema
 from onejump.methods.base import Nets
 from onejump.metrics_log import RunningSums
 from onejump.model import ConsistencyModel
@@ -22,10 +23,10 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class Run:
-    """The student, its EMA, the optimiser, the loss scale and the counters. `frozen` is a checksum of what must not
-    change: the target's own networks, which a checkpoint does not hold."""
+    """The networks, the student's EMA, the optimiser, the loss scale and the counters. `frozen` is a checksum of what
+    must not change, the teacher and the target's own networks, which a checkpoint does not hold."""
 
-    student: ConsistencyModel
+    nets: Nets
     ema: ConsistencyModel
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -47,13 +48,17 @@ class Run:
         nets.student.to(device)
         ema = copy.deepcopy(nets.student).eval().requires_grad_(False)
         frozen = hashlib.sha256()
-        for model in (nets.student, *nets.frozen):
-            model.to(device).train().autocast = PRECISIONS[stage.precision]
-        for p in (p for model in nets.frozen for p in model.parameters()):
+        average = (nets.average.model,) if nets.average else ()
+        teacher = (nets.teacher,) if nets.teacher else ()
+        for model in (nets.student, *average, *nets.frozen, *teacher):
+            model.to(device).train(model not in teacher).autocast = PRECISIONS[stage.precision]
+        for p in (p for model in (*nets.frozen, *teacher) for p in model.parameters()):
             frozen.update(p.detach().cpu().contiguous().numpy().data)
+        if nets.critic:
+            nets.critic.net.to(device).train()
         torch.backends.cudnn.allow_tf32 = False  # fp32 is what it says, as in the published runs
         return cls(
-            student=nets.student,
+            nets=nets,
             ema=ema,
             optimizer=stage.optimizer.build(p for p in nets.student.parameters() if p.requires_grad),
             scaler=torch.amp.GradScaler(
@@ -69,8 +74,49 @@ class Run:
             group["lr"] = rate
 
     @property
+    def student(self) -> ConsistencyModel:
+        return self.nets.student
+
+    @property
+    def critics_turn(self) -> bool:
+        return self.nets.critic is not None and self.nets.critic.turn(self.step)
+
+    @property
+    def trained(self) -> torch.optim.Optimizer:
+        """The optimiser of this step: the student's, or the critic's at its turns."""
+        return self.nets.critic.optimizer if self.nets.critic and self.critics_turn else self.optimizer
+
+    @property
     def parameters(self) -> list[nn.Parameter]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+        return [p for group in self.trained.param_groups for p in group["params"]]
+
+    def average(self, ema: EMA, steps: int) -> None:
+        """After a step of the student: its EMA for evaluation, and the average that is its target."""
+        if self.critics_turn:
+            return
+        update_ema(self.ema, self.student, ema.decay(self.step + 1))
+        if self.nets.average:
+            update_ema(self.nets.average.model, self.student, self.nets.average.decay(self.step, steps))
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+        if self.nets.critic:
+            self.nets.critic.optimizer.zero_grad()
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """What a checkpoint holds besides optimisers and counters, by name."""
+        found: dict[str, nn.Module] = {"student": self.student, "ema": self.ema}
+        if self.nets.average:
+            found["average"] = self.nets.average.model
+        if self.nets.critic:
+            found["critic"] = self.nets.critic.net
+        return found
+
+    @property
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        found = {"optimizer": self.optimizer}
+        return found | {"critic_optimizer": self.nets.critic.optimizer} if self.nets.critic else found
 
     def count_step(self, finite: bool, seconds: float) -> None:
         self.step += 1
@@ -102,18 +148,17 @@ class Run:
 
     def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, meta) for save_checkpoint. Raises UserError rather than save a number that is not finite."""
-        optimizer_tensors, optimizer_meta = pack_optimizer(self.optimizer)
-        tensors = {
-            **_named("student", self.student.state_dict()),
-            **_named("ema", self.ema.state_dict()),
-            **optimizer_tensors,
-            **_named("sums", self.sums.tensors()),
-        }
+        tensors, kinds = _named("sums", self.sums.tensors()), {}
+        for name, module in self.modules.items():
+            tensors |= _named(name, module.state_dict())
+        for name, optimizer in self.optimizers.items():
+            packed, kinds[name] = pack_optimizer(optimizer, name)
+            tensors |= packed
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise UserError(f"step {self.step}: {name} is no longer finite and was not saved; try a lower rate")
         meta = {
-            "optimizer": optimizer_meta,
+            **kinds,
             "scaler": self.scaler.state_dict(),
             "sums": self.sums.meta(),
             "skipped": self.skipped,
@@ -128,12 +173,13 @@ class Run:
         meta, tensors = saved.meta, saved.tensors
         if meta["frozen"] != self.frozen:
             raise UserError(
-                f"{saved.path}: the frozen network is not the one this stage began with, the stage before it has "
+                f"{saved.path}: the frozen network is not the one this stage began with, the stage it comes from has "
                 "changed; delete this stage's folder to train it again"
             )
-        for prefix, module in (("student", self.student), ("ema", self.ema)):
+        for prefix, module in self.modules.items():
             _load(module, prefix, saved)
-        unpack_optimizer(self.optimizer, tensors, meta["optimizer"])
+        for name, optimizer in self.optimizers.items():
+            unpack_optimizer(optimizer, tensors, meta[name], name)
         if meta["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(meta["scaler"])
         device = self.sums.loss.device

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from onejump import __version__
 from onejump.checkpoint import file_sha256, why_not_written
-from onejump.config import Network, from_json, to_json
+from onejump.config import Network, OneJump
+from onejump.config_json import from_json, to_json
 from onejump.model import ConsistencyModel
-from onejump.precond import EDM, ToData
+from onejump.precond import EDM
 from onejump.samplers import Sampler
 from onejump.types import UserError
 
@@ -88,7 +89,7 @@ def load_model(path: str | Path) -> SavedModel:
     try:
         content = json.loads((folder / CONFIG).read_bytes())
         network, precond, jump, sampler = (from_json(content[k]) for k in ("network", "precond", "jump", "sampler"))
-        kinds = isinstance(network, Network), isinstance(precond, EDM), isinstance(jump, ToData)
+        kinds = isinstance(network, Network), isinstance(precond, EDM), isinstance(jump, OneJump)
         if not all(kinds) or not isinstance(sampler, Sampler):
             raise ValueError("network, precond, jump or sampler is not what its field says")
         shape, names = tuple(content["shape"]), tuple(map(str, content["class_names"]))
@@ -99,7 +100,8 @@ def load_model(path: str | Path) -> SavedModel:
                 f"the checksum of {WEIGHTS} is not the one in {CONFIG}; copy both again or, in a run's folder, delete "
                 "the stage.json beside them and run the same command again"
             )
-        model = ConsistencyModel(network.build(), precond, jump, float(content["t_min"]))
+        two_times = network.second_time != "off"
+        model = ConsistencyModel(network.build(), precond, jump, float(content["t_min"]), two_times)
         model.net.load_state_dict(load_file(folder / WEIGHTS))
         return SavedModel(model.eval().requires_grad_(False), network, sampler, shape, names, content["provenance"])
     except (OSError, KeyError, TypeError, ValueError, ArithmeticError, RuntimeError, SafetensorError) as error:

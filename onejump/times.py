@@ -5,6 +5,7 @@ Times are noise levels. Distributions and grids are float64; a method casts what
 
 import functools
 import math
+import random
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,6 +55,27 @@ def ict_levels(step: int, steps: int, s0: int, s1: int) -> int:
     return min(s0 * 2 ** (step // K_prime), s1) + 1
 
 
+def ct_levels(step: int, steps: int, s0: int, s1: int) -> int:
+    """CT's number of grid times N(k) = ceil(sqrt(k/K ((s1 + 1)^2 - s0^2) + s0^2) - 1) + 1 (Song et al. 2023)."""
+    return max(math.ceil(math.sqrt(step / steps * ((s1 + 1) ** 2 - s0**2) + s0**2) - 1), 1) + 1
+
+
+def ct_decay(levels: int, s0: int, mu0: float) -> float:
+    """CT's share of the target kept a step, mu(k) = exp(s0 ln(mu0) / (N(k) - 1)).
+
+    The paper writes N(k); both published codes divide by N(k) - 1, the number of intervals, and so do we.
+    """
+    return math.exp(s0 * math.log(mu0) / (levels - 1))
+
+
+def random_steps(step: int, most: int) -> int:
+    """CTM's number k of solver steps for this optimiser step: 1 to `most`, with probability proportional to k.
+
+    A function of `step` alone: the samples of a batch, on all processes, share it (Kim et al. 2024, app. D).
+    """
+    return random.Random(step).choices(range(1, most + 1), weights=range(1, most + 1))[0]
+
+
 def lognormal_pmf(grid: Grid, P_mean: float, P_std: float) -> Tensor:
     """Mass of a lognormal on each interval [t_i, t_{i+1}] of the grid, normalised (Song & Dhariwal 2024, eq. 10)."""
     cdf = torch.erf((grid.log() - P_mean) / (math.sqrt(2) * P_std))
@@ -86,6 +108,45 @@ class LogNormal:
 
     def __call__(self, n: int, device: torch.device, low: float = 0.0, high: float = math.inf) -> Times:
         return self.quantile(torch.rand(n, dtype=torch.float64, device=device), low, high)
+
+
+@dataclass(frozen=True)
+class KarrasUniform:
+    """t^(1/rho) uniform between its values at sigma_min and sigma_max: Karras' grid in continuous time."""
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        check_range(above=0, rho=self.rho, sigma_min=self.sigma_min)
+        check_range(above=self.sigma_min, sigma_max=self.sigma_max)
+
+    def quantile(self, u: Tensor) -> Tensor:
+        first, last = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return (first + u * (last - first)) ** self.rho
+
+    def __call__(self, n: int, device: torch.device) -> Times:
+        return self.quantile(torch.rand(n, dtype=torch.float64, device=device))
+
+
+@dataclass(frozen=True)
+class HalfLogNormal:
+    """CTM's times for its denoising loss: half of the samples lognormal, the others even over the top of Karras' grid.
+
+    t^(1/rho) of these is uniform over the share `top` of its range that ends at sigma_max.
+    """
+
+    lognormal: LogNormal = LogNormal(P_mean=-1.2, P_std=1.2)
+    karras: KarrasUniform = KarrasUniform()
+    top: float = 0.7
+
+    def __post_init__(self) -> None:
+        check_range(above=0, at_most=1, top=self.top)
+
+    def __call__(self, n: int, device: torch.device) -> Times:
+        u = torch.rand(n - n // 2, dtype=torch.float64, device=device)
+        return torch.cat([self.lognormal(n // 2, device), self.karras.quantile(1 - self.top * u)])
 
 
 @dataclass(frozen=True)

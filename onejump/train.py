@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from onejump.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint, saved_steps
 from onejump.config import Stage
 from onejump.data.image_set import ImageSet
-from onejump.ema import update_ema
 from onejump.methods.base import Nets, Stats
 from onejump.metrics_log import Progress, RunLog
 from onejump.model import ConsistencyModel
@@ -104,15 +103,15 @@ def train(
             run.set_rate(stage.rate.rate(run.step, (run.step - first_step) / stage.steps))
             seed_of = functools.partial(mix, seed, run.step, rank)
             loss, stats = accumulate(stage, nets, x0, cond, run.step, last_step, seed_of, run.scaler)
-            run.scaler.unscale_(run.optimizer)
+            run.scaler.unscale_(run.trained)
             grad_norm = nn.utils.clip_grad_norm_(run.parameters, stage.clip)
             finite = bool((loss + grad_norm).isfinite())  # waits for the device
             if finite:
-                run.scaler.step(run.optimizer)
-                update_ema(run.ema, run.student, stage.ema.decay(run.step + 1))
+                run.scaler.step(run.trained)
+                run.average(stage.ema, last_step)
                 run.sums.add(loss, grad_norm, stats)
             run.scaler.update()
-            run.optimizer.zero_grad()
+            run.zero_grad()
             run.count_step(finite, time.perf_counter() - began)
             if run.skipped_in_row == min(SKIPS_IN_A_ROW, stage.steps):
                 raise diverged(run.step, run.skipped_in_row, folder)

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from onejump.config import Evaluation, Recipe, Stage, decode, from_json, to_json
+from onejump.config import Evaluation, Recipe, Stage
+from onejump.config_json import decode, from_json, to_json
 from onejump.ema import ConstantEMA, PowerEMA
 from onejump.losses import inverse_c_out_squared, inverse_delta, uniform
 from onejump.methods.dsm import DSM
@@ -17,8 +18,8 @@ from onejump.networks.mlp import MLPConfig
 from onejump.networks.song_unet import SongUNetConfig
 from onejump.optim import Adam, CosineRate, InverseSqrtRate
 from onejump.overrides import apply_overrides, describe
-from onejump.precond import EDM
-from onejump.samplers import Heun, Multistep
+from onejump.precond import CM
+from onejump.samplers import ODE, Multistep
 from onejump.times import Discretisation, LogNormal
 from onejump.types import UserError
 
@@ -33,19 +34,19 @@ CHAIN = Recipe(
     "digits",
     NETWORK,
     {
-        "teacher": Stage(DSM(), 100, sampler=Heun(), rate=CosineRate()),
+        "teacher": Stage(DSM(), 100, sampler=ODE(), rate=CosineRate()),
         "stage1": Stage(ECT(), 200),
         "stage2": Stage(TCM(), 300, sampler=Multistep(mid=(2.0,)), optimizer=Adam(betas=(0.9, 0.99))),
     },
 )
-SINGLE = Recipe("single", MLPConfig(shape=(1, 8, 8)), {"only": Stage(ICT(), 50, precond=EDM(sigma_min=0.002))})
+SINGLE = Recipe("single", MLPConfig(shape=(1, 8, 8)), {"only": Stage(ICT(), 50, jump=CM())})
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
 @pytest.mark.parametrize("network", [NETWORK, MLPConfig()], ids=["unet", "mlp"])
 def test_json_round_trip_is_the_same_recipe(method, network):
     optim = {"ema": PowerEMA(16.97), "rate": InverseSqrtRate()}
-    stage = Stage(method, 7, **optim, sampler=Heun(), precision="bf16", precond=EDM(sigma_min=0.002))
+    stage = Stage(method, 7, **optim, sampler=ODE(), precision="bf16", jump=CM())
     recipe = Recipe(
         "r", network, {"b": stage, "a": replace(stage, ema=ConstantEMA())}, evaluation=Evaluation(steps=(2,))
     )
@@ -175,16 +176,16 @@ def test_override_sets_the_named_value_and_no_other(override, expected):
 
 
 def test_overrides_apply_in_order_and_ranges_are_checked_together():
-    overrides = ("method=ICT", "method.s1=20", "precond.sigma_min=0.002", "micro_batch=100", "batch=200")
+    overrides = ("method=ICT", "method.s1=20", "jump=CM", "micro_batch=100", "batch=200")
     recipe = apply_overrides(CHAIN, [f"stage1.{override}" for override in overrides])
     assert recipe.stages["stage1"] == replace(
-        CHAIN.stages["stage1"], method=ICT(s1=20), precond=EDM(sigma_min=0.002), micro_batch=100, batch=200
+        CHAIN.stages["stage1"], method=ICT(s1=20), jump=CM(), micro_batch=100, batch=200
     )
 
 
 def test_stage_fields_need_no_stage_name_in_a_recipe_of_one_stage():
     recipe = apply_overrides(SINGLE, ["method.s1=640", "steps=9", "batch=2"])
-    assert recipe.stages == {"only": Stage(ICT(s1=640), 9, batch=2, precond=EDM(sigma_min=0.002))}
+    assert recipe.stages == {"only": Stage(ICT(s1=640), 9, batch=2, jump=CM())}
 
 
 @pytest.mark.parametrize(
@@ -235,7 +236,7 @@ def test_describe_is_a_list_of_overrides_that_makes_the_recipe(recipe):
         name="other",
         seed=9,
         network=MLPConfig(width=7),
-        stages={name: Stage(DSM(), 1, sampler=Heun(), clip=3.0) for name in recipe.stages},
+        stages={name: Stage(DSM(), 1, sampler=ODE(), clip=3.0) for name in recipe.stages},
         evaluation=Evaluation(n=5),
     )
     assert (

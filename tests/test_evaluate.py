@@ -10,7 +10,7 @@ from onejump.evaluation.features import DigitsDetector, PixelDetector
 from onejump.evaluation.metrics import frechet_distance
 from onejump.model import ConsistencyModel
 from onejump.networks.mlp import MLPConfig
-from onejump.samplers import Heun, Multistep
+from onejump.samplers import ODE, Multistep
 from onejump.saved import SavedModel
 
 
@@ -94,7 +94,7 @@ def zero_model(names=()):
 def test_a_record_names_its_times_calls_and_seed_and_does_not_depend_on_the_batch(judge):
     model = zero_model()
     record = evaluate(judge, model, (1, 2), n=30, seed=11)
-    assert record["sampler"] == {"type": "Multistep", "sigma_max": 80.0, "mid": (1.0,)}
+    assert record["sampler"] == {"type": "Multistep", "sigma_max": 80.0, "mid": [1.0]}
     found = record["steps"]["2"]
     assert (found["times"], found["nfe"], found["seed"], found["n"]) == ([80.0, 1.0], 2, 11, 30)
     assert found["confidence"]["as_asked"] is None  # no class was asked for
@@ -117,5 +117,5 @@ def test_classes_that_are_not_those_of_the_images_are_not_looked_for(judge):
 def test_heun_counts_two_calls_a_step_but_for_the_last(judge):
     from dataclasses import replace
 
-    found = evaluate(judge, replace(zero_model(), sampler=Heun()), (3,), n=10, seed=0)["steps"]["3"]
+    found = evaluate(judge, replace(zero_model(), sampler=ODE()), (3,), n=10, seed=0)["steps"]["3"]
     assert found["nfe"] == 5 and found["times"][0] == 80 and found["times"][-1] == pytest.approx(0.002)

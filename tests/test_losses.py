@@ -50,3 +50,27 @@ def test_weights_at_the_dividing_time():
     assert abs(losses.t_over_c_out_squared_delta(t, r) - 5 * 317.314) < 1
     assert abs(losses.inverse_sqrt_delta(t, r) - 317.314**0.5) < 1e-3
     assert losses.uniform(t, r) == 1
+
+
+def test_cms_distances_are_means_over_the_image():
+    x = torch.zeros(2, 3, 4, 4)
+    y = x.clone()
+    y[0, 0, 0, 0], y[1] = 3.0, -2.0
+    torch.testing.assert_close(losses.mean_l1(x, y), torch.tensor([3 / 48, 2.0]))
+    torch.testing.assert_close(losses.mean_l2(x, y), torch.tensor([9 / 48, 4.0]))
+
+
+# openai/consistency_models, get_weightings
+CM_TIMES = (0.002, 0.01, 0.1, 0.5, 1, 5, 20, 80)
+CM_WEIGHTS = {
+    losses.snr: (249999.97, 10000, 99.999992, 4, 1, 0.039999999, 0.0024999999, 0.00015625),
+    losses.snr_plus_one: (250000.97, 10001, 100.99999, 5, 2, 1.04, 1.0025, 1.0001563),
+    losses.inverse_c_out_squared: (250003.97, 10004, 103.99999, 8, 5, 4.04, 4.0025001, 4.0001564),
+    losses.truncated_snr: (249999.97, 10000, 99.999992, 4, 1, 1, 1, 1),
+}
+
+
+def test_weights_equal_cms_and_take_the_larger_time_of_the_pair():
+    t = torch.tensor(CM_TIMES)
+    for weight, expected in CM_WEIGHTS.items():
+        torch.testing.assert_close(weight(t, 0.7 * t), torch.tensor(expected), rtol=1e-6, atol=0)

@@ -38,7 +38,7 @@ def out(tmp_path_factory):
         (["train", "digits"], "there are teacher, stage1, stage2"),
         (["train", "digits", "--stage", "stage_1"], "did you mean stage1?"),
         (["train", "digits-ict", "count_on=true"], "count_on"),
-        (["show", "nowhere"], "nowhere: no such folder, and no such recipe (digits, digits-ict)"),
+        (["show", "nowhere"], "nowhere: no such folder, and no such recipe (digits, digits-ict,"),
         (["report", "nowhere"], "nowhere: not a run's folder"),
         (["sample", "nowhere"], "nowhere: no such file or folder"),
         (["sample", "."], ".: no model there"),

@@ -3,7 +3,7 @@ import torch
 from golden_data import golden
 
 from onejump.model import ConsistencyModel
-from onejump.precond import EDM, ToData
+from onejump.precond import CM, EDM, Euler, ToData
 
 
 class WildNet(torch.nn.Module):
@@ -12,23 +12,49 @@ class WildNet(torch.nn.Module):
 
 
 def test_cm_scalings_equal_the_published_codes():
+    """c_skip and c_out on top of the network F: a + b c_skip^EDM and b c_out^EDM."""
     data = golden("cm_scalings")
     t = torch.from_numpy(data["in/sigmas"])
-    for shift, key in ((0.002, "True"), (0.0, "False")):
-        c_skip, c_out, c_in, _ = EDM(sigma_min=shift)(t)
-        for name, value in (("c_skip", c_skip), ("c_out", c_out), ("c_in", c_in)):
+    c_skip, c_out, c_in, _ = EDM()(t)
+    for jump, key in ((CM(), "True"), (ToData(), "False")):
+        a, b = jump(t, torch.full_like(t, jump.sigma_min))
+        for name, value in (("c_skip", a + b * c_skip), ("c_out", b * c_out), ("c_in", c_in)):
             torch.testing.assert_close(
                 value, torch.from_numpy(data[f"scalings_distill{key}/{name}"]), rtol=2e-6, atol=0
             )
 
 
-@pytest.mark.parametrize("sigma_min", [0.0, 0.002])
+@pytest.mark.parametrize("jump", [ToData(), CM(), Euler(), CM(0.01, 0.7)], ids=repr)
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
-def test_the_boundary_is_the_identity_exactly(sigma_min, autocast):
-    model = ConsistencyModel(WildNet(), EDM(sigma_min=sigma_min), ToData())
+def test_the_boundary_is_the_identity_exactly(jump, autocast):
+    model = ConsistencyModel(WildNet(), EDM(), jump)
     model.autocast = autocast
     x = torch.randn(5, 3, 4, 4)
-    assert (model(x, torch.full((5,), sigma_min)) == x).all()
+    assert (model(x, torch.full((5,), jump.sigma_min)) == x).all()
+
+
+def test_a_jump_of_no_length_is_the_identity_anywhere():
+    model = ConsistencyModel(WildNet(), EDM(), Euler())
+    x, t = torch.randn(50, 3, 4, 4), torch.rand(50) * 80
+    assert (model(x, t, t) == x).all()
+
+
+def test_cm_is_an_euler_step_but_for_a_thousandth():
+    """Of the skip; the out coefficient is the same."""
+    t = torch.logspace(-2.6, 1.9, 200, dtype=torch.float64)
+    (a, b), (a_euler, b_euler) = (jump(t, torch.full_like(t, 0.002)) for jump in (CM(), Euler()))
+    torch.testing.assert_close(b, b_euler)
+    assert 0.9e-3 < (a - a_euler).abs().max() < 1.1e-3
+
+
+def test_bcm_is_an_euler_step():
+    """BCM's coefficients on F, skip (sd^2 + t s) / (sd^2 + t^2) and out sd (t - s) / sqrt(sd^2 + t^2)."""
+    t = torch.logspace(-2.6, 1.9, 200, dtype=torch.float64)
+    s = t * torch.linspace(0.01, 1, 200, dtype=torch.float64)
+    c_skip, c_out, _, _ = EDM()(t)
+    a, b = Euler()(t, s)
+    torch.testing.assert_close(a + b * c_skip, (0.25 + t * s) / (0.25 + t**2), rtol=1e-12, atol=0)
+    torch.testing.assert_close(b * c_out, 0.5 * (t - s) / (0.25 + t**2).sqrt(), rtol=1e-12, atol=1e-16)
 
 
 def test_denoiser_is_exact_for_gaussian_data_when_the_network_is_zero():

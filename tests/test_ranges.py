@@ -14,8 +14,8 @@ from onejump.methods.tcm import TCM
 from onejump.networks.mlp import MLPConfig
 from onejump.optim import Adam, ConstantRate, CosineRate, InverseSqrtRate, RAdam
 from onejump.overrides import apply_overrides
-from onejump.precond import EDM
-from onejump.samplers import Heun, Multistep
+from onejump.precond import CM, EDM
+from onejump.samplers import ODE, Multistep
 from onejump.times import Discretisation, LogNormal, LogStudentT
 from onejump.types import UserError
 
@@ -23,7 +23,7 @@ CHAIN = Recipe(
     "chain",
     MLPConfig(),
     {
-        "teacher": Stage(DSM(), 1, sampler=Heun()),
+        "teacher": Stage(DSM(), 1, sampler=ODE()),
         "stage1": Stage(ECT(), 1),
         "stage2": Stage(TCM(), 1, sampler=Multistep(mid=(2.0,))),
     },
@@ -65,15 +65,15 @@ OUT_OF_RANGE = [
     (lambda: InverseSqrtRate(t_ref=-1.0), "t_ref: -1; 0 (a constant rate) or more steps are needed"),
     (lambda: Adam(betas=(0.9, 1.0)), "betas: 0.9,1; each must be 0 or more and less than 1"),
     (lambda: RAdam(eps=-1.0), "eps: -1; 0 or more is needed"),
-    (lambda: Heun(sigma_min=0.0), "sigma_min: 0; more than 0 and less than 80 is needed"),
-    (lambda: Heun(sigma_min=80.0), "sigma_min: 80; more than 0 and less than 80 is needed"),
-    (lambda: Heun(rho=0.0), "rho: 0; more than 0 is needed"),
+    (lambda: ODE(sigma_min=0.0), "sigma_min: 0; more than 0 and less than 80 is needed"),
+    (lambda: ODE(sigma_min=80.0), "sigma_min: 80; more than 0 and less than 80 is needed"),
+    (lambda: ODE(rho=0.0), "rho: 0; more than 0 is needed"),
     (lambda: Multistep(sigma_max=0.0, mid=()), "sigma_max: 0; more than 0 is needed"),
     (lambda: Multistep(mid=(1.0, 2.0)), "mid: 1,2; falling times below sigma_max=80 and above 0 are needed"),
     (lambda: Multistep(mid=(90.0,)), "mid: 90; falling times below sigma_max=80 and above 0 are needed"),
     (lambda: Multistep(mid=(1.0, 0.0)), "mid: 1,0; falling times below sigma_max=80 and above 0 are needed"),
     (lambda: EDM(sigma_data=0.0), "sigma_data: 0; more than 0 is needed (0.5 is usual for images)"),
-    (lambda: EDM(sigma_min=-1.0), "sigma_min: -1; 0 or more is needed"),
+    (lambda: CM(sigma_min=0.0), "sigma_min: 0; more than 0 is needed (0.002 is usual)"),
     (lambda: Evaluation(seed=2**63), f"seed: {2**63}; 0 or more and {2**63 - 1} or less is needed"),
     (lambda: replace(CHAIN, seed=2**63), f"seed: {2**63}; 0 or more and {2**63 - 1} or less is needed"),
 ]
@@ -129,8 +129,7 @@ def test_tcm_needs_two_samples_a_pass():
         ),
         (
             "stage1.method=ICT",
-            "stage1.precond.sigma_min: 0; ICT's first time is 0.002, where f must be the identity: "
-            "use precond.sigma_min=0.002",
+            "stage1.jump: ToData ends at 0; ICT's first time is 0.002, where f must be the identity: use jump=CM",
         ),
     ],
 )

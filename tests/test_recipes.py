@@ -5,19 +5,26 @@ import json
 import pytest
 import torch
 
-from onejump.config import from_json, to_json
+from onejump import solvers
+from onejump.analytic import AnalyticPrecond
+from onejump.config_json import from_json, to_json
 from onejump.data.image_set import ImageSet
+from onejump.estimate import nets_for
+from onejump.fit import network_of
+from onejump.lpips import LPIPS
 from onejump.methods.base import boundary_count
 from onejump.methods.dsm import DSM
 from onejump.methods.ect import ECT
 from onejump.methods.ict import ICT
 from onejump.methods.tcm import TCM
-from onejump.model import ConsistencyModel
+from onejump.precond import CM, Euler
 from onejump.recipes import NAMES, build_recipe
-from onejump.samplers import Heun
+from onejump.samplers import ODE
 from onejump.times import LogStudentT
 from onejump.types import UserError
 
+SMALL = [name for name in NAMES if name.startswith("digits")]  # for images of any kind
+PUBLISHED = [name for name in NAMES if name not in SMALL]
 SHAPES = {"digits": (1, 8, 8, 10), "colour": (3, 32, 32, 0), "large": (3, 64, 64, 0), "uneven": (1, 12, 12, 3)}
 
 
@@ -28,7 +35,7 @@ def images(channels, height, width, classes):
     return ImageSet("photos", pixels, torch.arange(6) % classes, tuple(map(str, range(classes))))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_every_recipe_fits_its_images(name, shape):
     """The loss of every stage has a gradient for the last layer of a network made for these images."""
@@ -37,15 +44,14 @@ def test_every_recipe_fits_its_images(name, shape):
     assert recipe.name == name and recipe.network.label_dim == data.classes
     x0, cond = data.batch(0, 2, seed=0)
     torch.manual_seed(0)
-    net = recipe.network.build()
     for stage in recipe.stages.values():
-        nets = stage.method.nets(ConsistencyModel(net, stage.precond, stage.jump))
+        nets = nets_for(recipe, stage, torch.device("cpu"))
         loss, _ = stage.method.loss(nets, x0, cond, 1, 10**6)
-        (gradient,) = torch.autograd.grad(loss, list(net.parameters())[-1])
+        (gradient,) = torch.autograd.grad(loss, list(nets.student.parameters())[-1])
         assert loss.isfinite() and gradient.isfinite().all() and gradient.abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_every_recipe_survives_json(name, shape):
     recipe = build_recipe(name, images(*shape))
@@ -57,7 +63,7 @@ def test_every_recipe_survives_json(name, shape):
     [((1, 9, 9, 0), "8 or 12"), ((3, 32, 24, 0), "24"), ((1, 4, 4, 0), "8"), ((3, 30, 30, 0), "28 or 32")],
 )
 def test_images_that_do_not_fit_are_refused_with_the_nearest_sizes(shape, sizes):
-    for name in NAMES:
+    for name in SMALL:
         with pytest.raises(UserError, match=rf"{shape[1]}x{shape[2]}.*--size {sizes}$"):
             build_recipe(name, images(*shape))
 
@@ -71,7 +77,7 @@ def test_digits_is_the_chain_of_the_papers():
     """DSM -> ECT -> TCM with the truncated paper's t' = 1, rho = 1/4, w_b = 0.1 and log-Student-t(0, 0.2, 0.01)."""
     recipe = build_recipe("digits", images(1, 8, 8, 10))
     teacher, stage1, stage2 = recipe.stages.values()
-    assert isinstance(teacher.method, DSM) and isinstance(teacher.sampler, Heun)
+    assert isinstance(teacher.method, DSM) and isinstance(teacher.sampler, ODE)
     assert isinstance(stage1.method, ECT) and isinstance(stage2.method, TCM)
     tcm = stage2.method
     assert (tcm.t_prime, tcm.rho, tcm.w_b, tcm.t_max) == (1.0, 0.25, 0.1, 80.0)
@@ -87,8 +93,55 @@ def test_digits_is_the_chain_of_the_papers():
 
 def test_digits_ict_is_one_stage_of_ict_from_data_alone():
     (stage,) = build_recipe("digits-ict", images(1, 8, 8, 10)).stages.values()
-    assert isinstance(stage.method, ICT) and stage.precond.sigma_min == 0.002
+    assert isinstance(stage.method, ICT) and stage.jump == CM()
     assert (stage.method.P_mean, stage.method.P_std) == (-1.1, 2.0)
+
+
+# Zheng et al. 2025, table 3: N, most ODE steps, iterations, batch; parameters with and without the second time
+TABLE_3 = {
+    "cifar10-uncond": (18, 17, 200_000, 256, 60_395_267, 55_732_739),
+    "cifar10-cond": (18, 17, 150_000, 512, None, 55_734_147),
+    "ffhq64": (18, 17, 150_000, 256, None, None),
+    "imagenet64": (40, 20, 60_000, 2048, None, 295_899_267),
+}
+
+
+def fitting(name):
+    side, classes = (32 if "cifar10" in name else 64), {"cifar10-cond": 10, "imagenet64": 1000}
+    wanted = next((n for key, n in classes.items() if key in name), 0)
+    pixels = torch.zeros(1000, 3, side, side, dtype=torch.uint8)
+    return ImageSet("photos", pixels, torch.arange(1000) % wanted if wanted else None, tuple(map(str, range(wanted))))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_recipes_have_the_numbers_of_the_papers_table_3(name):
+    recipe = build_recipe(name, fitting(name))
+    (stage,) = recipe.stages.values()
+    kind, images, *analytic = name.split("-", 1)[0], next(key for key in TABLE_3 if key in name), "-analytic" in name
+    n, most, steps, batch, with_second, without = TABLE_3[images]
+    assert recipe.name == name and from_json(json.loads(json.dumps(to_json(recipe)))) == recipe
+    assert (stage.method.n, stage.steps, stage.batch, stage.method.mu) == (n, steps, batch, 0.999)
+    assert (stage.rate.lr, stage.ema.beta, stage.precision) == (4e-4, 0.999, "fp16")
+    assert isinstance(stage.method.distance, LPIPS) and stage.method.solver is solvers.heun
+    if kind == "ctm":
+        assert stage.method.max_steps == most and stage.second_time == "zero"
+    if analytic[0]:
+        estimator = stage.jump.estimator
+        assert stage.jump == AnalyticPrecond() and (estimator.times, estimator.samples) == (120, 4096)
+    else:
+        assert stage.jump == (Euler() if kind == "ctm" else CM())
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in network_of(recipe, stage).build().parameters())
+    expected = with_second if kind == "ctm" else without
+    assert expected is None or parameters == expected
+
+
+def test_published_recipes_refuse_other_images():
+    for name in PUBLISHED:
+        with pytest.raises(UserError, match="images are 1x8x8: this recipe is for 3x.*; give --size"):
+            build_recipe(name, images(1, 8, 8, 10))
+    with pytest.raises(UserError, match="images have 0 classes: this recipe is for 10"):
+        build_recipe("ctm-cifar10-cond", images(3, 32, 32, 0))
 
 
 def test_an_unknown_name_is_refused_with_the_nearest():

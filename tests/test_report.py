@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from onejump.config import Recipe, Stage, to_json
+from onejump.config import Recipe, Stage
+from onejump.config_json import to_json
 from onejump.methods.dsm import DSM
 from onejump.methods.ect import ECT
 from onejump.methods.tcm import TCM
@@ -19,7 +20,7 @@ from onejump.page import DASH, duration, number, percent
 from onejump.report import contact_sheet, neighbour_sheet, write_report
 from onejump.report_charts import bin_centres, thin
 from onejump.run_folder import read_lines, read_run
-from onejump.samplers import Heun, Multistep
+from onejump.samplers import ODE, Multistep
 from onejump.svg import INSET, LEFT, RIGHT, WIDTH, fit
 from onejump.types import UserError
 
@@ -27,7 +28,7 @@ RECIPE = Recipe(
     "<b>5 & 6</b>",
     MLPConfig(shape=(1, 8, 8)),
     {
-        "teacher": Stage(DSM(), 100, sampler=Heun()),
+        "teacher": Stage(DSM(), 100, sampler=ODE()),
         "stage1": Stage(ECT(), 100),
         "stage2": Stage(TCM(), 100, count_on=True, sampler=Multistep(mid=(2.0,))),
     },

@@ -6,7 +6,7 @@ from golden_data import f64, golden, sine_model
 
 from onejump import solvers
 from onejump.model import ConsistencyModel
-from onejump.samplers import Heun, Multistep, heun, multistep, noise_for
+from onejump.samplers import ODE, Multistep, multistep, noise_for, ode
 from onejump.types import UserError
 
 
@@ -28,10 +28,10 @@ class GaussianScore(torch.nn.Module):
 @pytest.mark.parametrize("steps", [18, 40])
 def test_heun_equals_the_published_sampler(steps):
     data = golden("samplers")
-    x = heun(sine_model(), f64(data["in/latents"]), Heun().times(steps))
+    x = ode(sine_model(), f64(data["in/latents"]), ODE().times(steps))
     torch.testing.assert_close(x, f64(data[f"edm/heun{steps}_det_anet"]), rtol=1e-6, atol=1e-6)
     gauss = ConsistencyModel(GaussianScore(f64(data["in/mu"])))
-    x = heun(gauss, f64(data["in/latents"]), Heun().times(steps))
+    x = ode(gauss, f64(data["in/latents"]), ODE().times(steps))
     torch.testing.assert_close(x, f64(data[f"edm/heun{steps}_det_gauss"]), rtol=1e-6, atol=1e-6)
 
 

@@ -15,8 +15,8 @@ from onejump.cli import main
 from onejump.model import ConsistencyModel
 from onejump.networks.mlp import MLPConfig
 from onejump.networks.song_unet import SongUNetConfig
-from onejump.precond import EDM
-from onejump.samplers import Heun, Multistep
+from onejump.precond import CM, EDM
+from onejump.samplers import ODE, Multistep
 from onejump.saved import SavedModel, load_model, model_folder, save_model
 from onejump.types import UserError
 
@@ -29,7 +29,7 @@ def saved_model(network=UNET, shape=(3, 8, 8), sampler=TWO_MORE, names=("cat", "
     net = network.build()
     for p in net.parameters():
         torch.nn.init.normal_(p)
-    model = ConsistencyModel(net, EDM(sigma_data=0.7, sigma_min=0.002), t_min=1.5)
+    model = ConsistencyModel(net, EDM(sigma_data=0.7), CM(sigma_data=0.7), t_min=1.5)
     return SavedModel(model, network, sampler, shape, names, {"stage": "stage2", "step": 7})
 
 
@@ -57,7 +57,7 @@ def refusal(capsys, folder):
     "saved",
     [
         saved_model(),
-        saved_model(MLPConfig(shape=(1, 4, 4), width=8, depth=1), (1, 4, 4), Heun(sigma_max=50.0), ()),
+        saved_model(MLPConfig(shape=(1, 4, 4), width=8, depth=1), (1, 4, 4), ODE(sigma_max=50.0), ()),
     ],
 )
 def test_round_trip_is_bit_exact(tmp_path, saved):

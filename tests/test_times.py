@@ -1,4 +1,5 @@
 import math
+import random
 
 import numpy as np
 import pytest
@@ -8,13 +9,18 @@ from scipy import stats
 
 from onejump.times import (
     Discretisation,
+    HalfLogNormal,
+    KarrasUniform,
     LogNormal,
     LogStudentT,
     _student_t_table,
+    ct_decay,
+    ct_levels,
     ict_levels,
     karras_grid,
     lognormal_index,
     lognormal_pmf,
+    random_steps,
 )
 from onejump.types import UserError
 
@@ -36,6 +42,88 @@ def test_ict_curriculum_doubles_as_published(steps):
 def test_ict_curriculum_levels_at_each_eighth():
     levels = [ict_levels(k, 400_000, 10, 1280) for k in range(0, 400_000, 50_000)]
     assert levels == [11, 21, 41, 81, 161, 321, 641, 1281]
+
+
+CT_RUNS = [  # name of the published run, s0, s1, mu0; steps at which it is on file
+    ("curriculum/adaptive_progressive_cifar", 2, 150, 0.9, "curriculum/steps"),
+    ("curriculum/adaptive_progressive_imagenet", 2, 200, 0.95, "curriculum/steps"),
+    ("curriculum/adaptive_full_every1000", 2, 150, 0.9, None),
+    ("jax/ct_adaptive", 2, 150, 0.9, "jax/ct_adaptive/steps"),
+    ("jax/ct_adaptive/every1000", 2, 150, 0.9, None),
+]
+
+
+@pytest.mark.parametrize(("name", "s0", "s1", "mu0", "at"), CT_RUNS, ids=[run[0] for run in CT_RUNS])
+def test_ct_curriculum_and_decay_equal_the_published_codes(name, s0, s1, mu0, at):
+    data, join = golden("cm_losses"), "_" if name == "jax/ct_adaptive/every1000" else "/"
+    steps = range(0, 800_001, 1000) if at is None else data[at].tolist()
+    levels = [ct_levels(k, 800_000, s0, s1) for k in steps]
+    assert levels == data[f"{name}{join}scales"].tolist()
+    decays = [ct_decay(n, s0, mu0) for n in levels]
+    np.testing.assert_allclose(decays, data[f"{name}{join}ema"], rtol=1e-7 if "jax" in name else 1e-12)
+
+
+def test_ct_curriculum_goes_from_s0_to_s1_whatever_they_are():
+    for s0, s1, steps in [(2, 150, 800_000), (10, 10, 7), (1, 5, 100), (3, 640, 1000)]:
+        levels = [ct_levels(k, steps, s0, s1) for k in range(0, steps + 1, max(steps // 1000, 1))]
+        assert levels[0] == max(s0 - 1, 1) + 1 and levels[-1] == s1 + 1 and levels == sorted(levels)
+
+
+@pytest.mark.parametrize("most", [1, 17, 39])
+def test_random_steps_have_probabilities_proportional_to_themselves(most):
+    n = 40_000
+    share = np.bincount([random_steps(step, most) for step in range(n)], minlength=most + 1) / n
+    p = np.arange(most + 1) / (most * (most + 1) / 2)
+    assert (np.abs(share - p) <= 4.5 * np.sqrt(p * (1 - p) / n)).all()
+    mean, variance = (p * np.arange(most + 1)).sum(), (p * np.arange(most + 1) ** 2).sum()
+    assert mean == pytest.approx((2 * most + 1) / 3)
+    assert abs(share @ np.arange(most + 1) - mean) < 4.5 * math.sqrt((variance - mean**2) / n) + 1e-12
+
+
+def test_random_steps_follow_from_the_step_alone():
+    first = [random_steps(step, 17) for step in range(50)]
+    random.seed(3), torch.manual_seed(3)
+    state = random.getstate()
+    assert [random_steps(step, 17) for step in range(50)] == first and random.getstate() == state
+    assert len({tuple(first[i : i + 3]) for i in range(48)}) > 40  # and neighbours share nothing
+
+
+def test_karras_uniform_is_the_grid_in_continuous_time():
+    law = KarrasUniform()
+    u = torch.linspace(0, 1, 41, dtype=torch.float64)
+    torch.testing.assert_close(law.quantile(u), karras_grid(41), rtol=1e-12, atol=0)
+    torch.manual_seed(0)
+    t = law(40_000, torch.device("cpu"))
+    u = (t ** (1 / 7) - 0.002 ** (1 / 7)) / (80 ** (1 / 7) - 0.002 ** (1 / 7))
+    assert t.dtype == torch.float64 and stats.kstest(u.numpy(), "uniform").pvalue > 1e-3
+    assert 0.002 <= t.min() and t.max() <= 80
+
+
+@pytest.mark.parametrize("n", [1, 7, 20_000])
+def test_half_lognormal_is_half_lognormal_and_half_the_top_of_the_grid(n):
+    torch.manual_seed(0)
+    law = HalfLogNormal()
+    t = law(n, torch.device("cpu"))
+    low, high = t[: n // 2], t[n // 2 :]
+    assert len(t) == n and (high >= law.karras.quantile(torch.tensor(0.3))).all() and (high <= 80).all()
+    if n > 1000:
+        assert stats.kstest(low.log().numpy(), "norm", (-1.2, 1.2)).pvalue > 1e-3
+        u = (high ** (1 / 7) - 0.002 ** (1 / 7)) / (80 ** (1 / 7) - 0.002 ** (1 / 7))
+        assert stats.kstest(u.numpy(), "uniform", (0.3, 0.7)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: KarrasUniform(sigma_min=0.0), "sigma_min: 0; more than 0"),
+        (lambda: KarrasUniform(sigma_max=0.001), "sigma_max: 0.001; more than 0.002"),
+        (lambda: HalfLogNormal(top=0.0), "top: 0; .*more than 0"),
+        (lambda: HalfLogNormal(top=1.5), "top: 1.5; .*1 or less"),
+    ],
+)
+def test_time_laws_without_mass_are_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
 
 
 @pytest.mark.parametrize("n", [11, 21, 81, 1281])

@@ -3,10 +3,10 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from onejump.model import ConsistencyModel, per_sample
 from onejump.types import Cond, DropoutKey, Samples, Times, UserError
@@ -18,12 +18,38 @@ Target = Callable[..., Samples]  # f^-, called as a model is; TCM's also takes t
 
 
 @dataclass(frozen=True)
+class Average:
+    """theta^-: a running average of the student that serves as target. The loop owns it, updates it and saves it.
+
+    After a step of the student the share decay(step, steps) of it stays.
+    """
+
+    model: ConsistencyModel
+    decay: Callable[[int, int], float]
+
+
+@dataclass(frozen=True)
+class Critic:
+    """The discriminator of a GAN term, with an optimiser of its own. At steps where turn(step), it alone is trained."""
+
+    net: nn.Module
+    optimizer: torch.optim.Optimizer
+    turn: Callable[[int], bool]
+
+
+@dataclass(frozen=True)
 class Nets:
-    """student: trained. target: f^-, under stop-gradient. frozen: what the target is made of besides the student."""
+    """student: trained. target: f^-, whose weights get no gradient. teacher: the diffusion model, in eval mode.
+
+    frozen: what the target is made of besides the student and its average.
+    """
 
     student: ConsistencyModel
     target: Target
     frozen: tuple[ConsistencyModel, ...] = ()
+    teacher: ConsistencyModel | None = None
+    average: Average | None = None
+    critic: Critic | None = None
 
 
 @runtime_checkable
@@ -32,6 +58,15 @@ class Method(Protocol):
 
     def nets(self, student: ConsistencyModel) -> Nets:
         """The networks of this method around a student that already has its initial weights."""
+
+    def loss(self, nets: Nets, x0: Samples, cond: Cond, step: int, steps: int) -> tuple[Tensor, Stats]: ...
+
+
+@runtime_checkable
+class Distillation(Protocol):
+    """A method that also has a teacher."""
+
+    def nets(self, student: ConsistencyModel, teacher: ConsistencyModel) -> Nets: ...
 
     def loss(self, nets: Nets, x0: Samples, cond: Cond, step: int, steps: int) -> tuple[Tensor, Stats]: ...
 
@@ -59,21 +94,35 @@ def dropout_key(x0: Samples) -> Tensor:
     return torch.randint(2**62, (len(x0),), device=x0.device)
 
 
+def averaged(student: ConsistencyModel, decay: Callable[[int, int], float]) -> Average:
+    return Average(frozen_copy(student), decay)
+
+
 def student_and_target(nets: Nets, xt: Samples, t: Times, xr: Samples, r: Times, cond: Cond) -> tuple[Samples, Samples]:
     """f(x_t, t) with gradient and f^-(x_r, r) without, under the same dropout masks."""
     key = dropout_key(xt)
     ft = nets.student(xt, t, cond=cond, key=key)
     with torch.no_grad():
-        fr = on_rows(r > 0, nets.target, xr, r, cond, key)
+        fr = on_rows(r > nets.student.jump.sigma_min, nets.target, xr, (r,), cond, key)
     return ft, fr
 
 
-def on_rows(rows: Tensor, f: Target, x: Samples, t: Times, cond: Cond, key: DropoutKey) -> Samples:
-    """f on the flagged rows; x on the others, which cost no network pass (f(x, 0) = x)."""
+def on_rows(rows: Tensor, f: Target, x: Samples, times: tuple[Times, ...], cond: Cond, key: DropoutKey) -> Samples:
+    """f(x, *times) on the flagged rows; x on the others, which cost no network pass (f(x, t -> t) = x)."""
     index = rows.nonzero()[:, 0]  # waits for the device, once
     if len(index) == len(rows):
-        return f(x, t, cond=cond, key=key)
+        return f(x, *times, cond=cond, key=key)
     if len(index) == 0:
         return x
     cond, key = (None if v is None else v[index] for v in (cond, key))
-    return x.index_copy(0, index, f(x[index], t[index], cond=cond, key=key))
+    return x.index_copy(0, index, f(x[index], *(t[index] for t in times), cond=cond, key=key))
+
+
+def gradient_ratio(of: Tensor, to: Tensor, student: ConsistencyModel, low: float = 0.0, high: float = 1e4) -> Tensor:
+    """||grad of|| / (||grad to|| + 1e-4) at the weight of the student's last layer, kept in [low, high]; a constant.
+
+    CTM's adaptive weight of the loss `to` (Kim et al. 2024, after VQGAN).
+    """
+    W: Any = student.net.last_weight
+    a, b = (torch.autograd.grad(loss, W, retain_graph=True)[0].norm() for loss in (of, to))
+    return (a / (b + 1e-4)).clamp(low, high).detach()

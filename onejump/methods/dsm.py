@@ -8,7 +8,7 @@ from torch import Tensor
 from onejump.losses import squared_l2
 from onejump.methods.base import Nets, Stats, diffuse, dropout_key
 from onejump.model import ConsistencyModel
-from onejump.times import LogNormal, check_range
+from onejump.times import HalfLogNormal, LogNormal, check_range
 from onejump.types import Cond, Samples
 
 
@@ -16,7 +16,7 @@ from onejump.types import Cond, Samples
 class DSM:
     """Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al. 2022, section 5)."""
 
-    times: LogNormal = LogNormal(P_mean=-1.2, P_std=1.2)
+    times: LogNormal | HalfLogNormal = LogNormal(P_mean=-1.2, P_std=1.2)
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:

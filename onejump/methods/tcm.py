@@ -19,7 +19,7 @@ class Truncated:
     boundary: ConsistencyModel
 
     def __call__(self, x: Samples, t: Times, below: torch.Tensor, cond: Cond, key: DropoutKey) -> Samples:
-        return on_rows(~below, self.student, on_rows(below, self.boundary, x, t, cond, key), t, cond, key)
+        return on_rows(~below, self.student, on_rows(below, self.boundary, x, (t,), cond, key), (t,), cond, key)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,17 @@
 """What the networks share: dropout whose mask is a function of a key, and the embeddings of noise level and label."""
 
 import math
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor, nn
 
 from onejump.types import Cond, DropoutKey, Samples, Times, UserError
+
+# The embedding of s, the time at which a jump ends: none; one that starts without effect, so that the network starts as
+# its twin without it; or one that starts at random, as CTM's.
+SecondTime = Literal["off", "zero", "random"]
 
 
 def _signed(value: int, bits: int) -> int:
@@ -94,7 +99,22 @@ def label_vectors(cond: Cond, label_dim: int, x: Samples) -> Float[Tensor, "b d"
     )
 
 
-def refuse_second_time(c_noise_s: Times | None, network: str) -> None:
-    """Raise UserError if a second time is given to a network that has no embedding for it."""
-    if c_noise_s is not None:
-        raise UserError(f"c_noise_s: {network} embeds one time only; use a jump that ends at the data (s=None)")
+def embeds_second_time(second_time: SecondTime) -> bool:
+    """Whether a network with this field reads c_noise_s. Raises UserError if the field holds anything else."""
+    if second_time not in get_args(SecondTime):
+        raise UserError(f"second_time={second_time!r}: pick from {', '.join(get_args(SecondTime))}")
+    return second_time != "off"
+
+
+def check_second_time(c_noise_s: Times | None, second_time: SecondTime, network: str) -> None:
+    """Raise UserError if a second time is given to a network that has no embedding for it, or is missing."""
+    if second_time == "off" and c_noise_s is not None:
+        raise UserError(
+            f"c_noise_s: {network} embeds one time only; use a jump that ends at the data (s=None), "
+            'or build it with second_time="zero"'
+        )
+    if second_time != "off" and c_noise_s is None:
+        raise UserError(
+            f'c_noise_s: {network} with second_time="{second_time}" needs the time s at which the jump ends; '
+            "use ConsistencyModel(..., second_time=True)"
+        )

@@ -8,7 +8,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from onejump.networks.layers import Dropout, label_vectors, refuse_second_time, sinusoidal
+from onejump.networks.layers import (
+    Dropout,
+    SecondTime,
+    check_second_time,
+    embeds_second_time,
+    label_vectors,
+    sinusoidal,
+)
 from onejump.types import Cond, DropoutKey, Samples, Times, UserError
 
 FREQUENCIES = tuple(2 ** (k / 4) for k in range(17))  # angular, 1 to 16: c_noise = ln(t) / 4 spans about 2.5
@@ -23,6 +30,7 @@ class MLPConfig:
     width: int = 128
     depth: int = 3  # residual blocks
     dropout: float = 0.0
+    second_time: SecondTime = "off"  # whether F also reads c_noise_s, and how that embedding starts
 
     def build(self) -> "MLP":
         """A freshly initialised network, equal to zero everywhere; it draws from torch's generator."""
@@ -60,15 +68,24 @@ class MLP(nn.Module):
         self.last = nn.Linear(width, n)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
+        self.map_noise_s = nn.Linear(2 * len(FREQUENCIES), width) if embeds_second_time(config.second_time) else None
+        if self.map_noise_s is not None and config.second_time == "zero":
+            nn.init.zeros_(self.map_noise_s.weight)
+            nn.init.zeros_(self.map_noise_s.bias)
+
+    @property
+    def last_weight(self) -> nn.Parameter:
+        """The weight of the last layer."""
+        return self.get_parameter("last.weight")
 
     def forward(
         self, x: Samples, c_noise: Times, c_noise_s: Times | None = None, cond: Cond = None, key: DropoutKey = None
     ) -> Samples:
-        """F(x; c_noise, cond). cond: int64 [b] classes or float [b, label_dim] vectors; key: see keyed_dropout.
+        """F(x; c_noise, c_noise_s, cond). cond: int64 [b] classes or float [b, label_dim]; key: see keyed_dropout.
 
-        Raises UserError if the samples or labels do not fit the configuration, or if a second time is given.
+        Raises UserError if the samples, the labels or the number of times do not fit the configuration.
         """
-        refuse_second_time(c_noise_s, "MLP")
+        check_second_time(c_noise_s, self.config.second_time, "MLP")
         if x.shape[1:] != self.config.shape:
             raise UserError(f"samples of shape {tuple(x.shape[1:])}: this network has shape={self.config.shape}")
         labels = label_vectors(cond, self.config.label_dim, x)
@@ -76,6 +93,8 @@ class MLP(nn.Module):
         emb = self.map_noise(sinusoidal(c_noise, w).to(x.dtype))
         if self.map_label is not None:
             emb = emb + self.map_label(labels)
+        if self.map_noise_s is not None and c_noise_s is not None:
+            emb = emb + self.map_noise_s(sinusoidal(c_noise_s, w).to(x.dtype))
         emb, h = silu(emb), self.first(x.flatten(1))
         for block in self.blocks:
             h = block(h, emb, key)

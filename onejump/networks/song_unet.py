@@ -5,7 +5,9 @@
     decoder    two blocks at the lowest level, then for each level, lowest first: double the resolution (not at the
                first), num_blocks + 1 blocks, each of which also reads the newest map still kept
 
-The names of parameters and buffers are those of EDM's state dicts.
+With a second time (CTM, Kim et al. 2024) a twin of the embedding, of c_noise_s and cond, is added in every block.
+
+The names of parameters and buffers are those of EDM's state dicts, and CTM's where there is a second time.
 """
 
 import itertools
@@ -18,10 +20,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, scaled_dot_product_attention, silu
 
-from onejump.networks.layers import Dropout, label_vectors, refuse_second_time, sinusoidal
+from onejump.networks.layers import (
+    Dropout,
+    SecondTime,
+    check_second_time,
+    embeds_second_time,
+    label_vectors,
+    sinusoidal,
+)
 from onejump.types import Cond, DropoutKey, Times, UserError
 
 Maps = Float[Tensor, "b _ _ _"]  # [batch, channels, height, width]
+Embedding = Float[Tensor, "b _"]
 L = TypeVar("L", nn.Linear, nn.Conv2d)
 SQRT_HALF = 0.5**0.5  # keeps the variance of a sum of two branches
 
@@ -38,6 +48,7 @@ class SongUNetConfig:
     num_blocks: int = 4
     attn_resolutions: tuple[int, ...] = (16,)
     dropout: float = 0.13
+    second_time: SecondTime = "off"  # whether F also reads c_noise_s, and how that embedding starts
 
     def __post_init__(self) -> None:
         step = 2 ** (len(self.channel_mult) - 1)
@@ -116,12 +127,14 @@ class Block(nn.Module):
         dropout: Dropout,
         attention: bool = False,
         resample: Callable[[Maps], Maps] = unchanged,
+        second_time: bool = False,
     ):
         super().__init__()
         self.resample = resample
         self.norm0 = group_norm(c_in)
         self.conv0 = conv(c_in, c_out, 3)
         self.affine = linear(emb, c_out)
+        self.affine_s = linear(emb, c_out) if second_time else None
         self.norm1 = group_norm(c_out)
         self.dropout = dropout
         self.conv1 = conv(c_out, c_out, 3, gain=1e-5)
@@ -135,9 +148,12 @@ class Block(nn.Module):
             self.qkv = conv(c_out, 3 * c_out, 1, gain=0.2**0.5)
             self.proj = conv(c_out, c_out, 1, gain=1e-5)
 
-    def forward(self, x: Maps, emb: Float[Tensor, "b e"], key: DropoutKey) -> Maps:
+    def forward(self, x: Maps, emb: Embedding, emb_s: Embedding | None, key: DropoutKey) -> Maps:
         h = self.conv0(self.resample(silu(self.norm0(x))))
-        h = silu(self.norm1(h + self.affine(emb)[:, :, None, None]))
+        shift = self.affine(emb)
+        if self.affine_s is not None:
+            shift = shift + self.affine_s(emb_s)
+        h = silu(self.norm1(h + shift[:, :, None, None]))
         h = self.conv1(self.dropout(h, key))
         x = (self.skip(self.resample(x)) + h) * SQRT_HALF
         return (x + self.attend(x)) * SQRT_HALF if self.attention else x
@@ -161,15 +177,28 @@ class SongUNet(nn.Module):
         self.map_label = linear(config.label_dim, c) if config.label_dim else None
         self.map_layer0 = linear(c, emb)
         self.map_layer1 = linear(emb, emb)
+        second_time = embeds_second_time(config.second_time)
+        self.map_layer0_s = linear(c, emb) if second_time else None
+        self.map_layer1_s = linear(emb, emb) if second_time else None
         layers = itertools.count()  # numbers the dropout layers
 
         def block(
             c_in: int, c_out: int, attention: bool = False, resample: Callable[[Maps], Maps] = unchanged
         ) -> Block:
-            return Block(c_in, c_out, emb, Dropout(config.dropout, next(layers)), attention, resample)
+            return Block(c_in, c_out, emb, Dropout(config.dropout, next(layers)), attention, resample, second_time)
 
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
         self._fill_decoder(block, self._fill_encoder(block))
+        if config.second_time == "zero":
+            for name, p in self.named_parameters():
+                if ".affine_s." in name:
+                    nn.init.zeros_(p)
+
+    @property
+    def last_weight(self) -> nn.Parameter:
+        """The weight of the last layer."""
+        res = self.config.img_resolution
+        return self.get_parameter(f"dec.{res}x{res}_aux_conv.weight")
 
     def _fill_encoder(self, block: Callable[..., Block]) -> list[int]:
         """Returns the channels of the maps that the decoder will read, oldest first."""
@@ -205,35 +234,47 @@ class SongUNet(nn.Module):
     def forward(
         self, x: Maps, c_noise: Times, c_noise_s: Times | None = None, cond: Cond = None, key: DropoutKey = None
     ) -> Maps:
-        """F(x; c_noise, cond). cond: int64 [b] classes or float [b, label_dim] vectors; key: see keyed_dropout.
+        """F(x; c_noise, c_noise_s, cond). cond: int64 [b] classes or float [b, label_dim]; key: see keyed_dropout.
 
-        Raises UserError if the images or labels do not fit the configuration, or if a second time is given.
+        Raises UserError if the images, the labels or the number of times do not fit the configuration.
         """
-        refuse_second_time(c_noise_s, "SongUNet")
         config = self.config
+        check_second_time(c_noise_s, config.second_time, "SongUNet")
         if x.shape[1:] != (config.img_channels, config.img_resolution, config.img_resolution):
             raise UserError(
                 f"images of shape {tuple(x.shape[1:])}: this network has img_channels={config.img_channels}, "
                 f"img_resolution={config.img_resolution}"
             )
-        emb = self.embed(c_noise, label_vectors(cond, config.label_dim, x))
+        labels = label_vectors(cond, config.label_dim, x)
+        emb, emb_s = self.embed(c_noise, labels), None
+        if c_noise_s is not None:
+            emb_s = self.embed_s(c_noise_s, labels)
         first, *blocks = self.enc.values()
         kept = [first(x)]
         for block in blocks:
-            kept.append(block(kept[-1], emb, key))
+            kept.append(block(kept[-1], emb, emb_s, key))
         x = kept[-1]
         *named_blocks, (_, norm), (_, last) = self.dec.items()
         for name, block in named_blocks:
             if "_block" in name:  # in0, in1 and up read no kept map
                 x = torch.cat([x, kept.pop()], dim=1)
-            x = block(x, emb, key)
+            x = block(x, emb, emb_s, key)
         return last(silu(norm(x)))
 
-    def embed(self, c_noise: Times, labels: Float[Tensor, "b d"]) -> Float[Tensor, "b e"]:
-        """Embedding of noise level and label: sinusoids of angular frequency 1 down to 1e-4, then a two-layer MLP."""
+    def embed(self, c_noise: Times, labels: Embedding) -> Embedding:
+        """Embedding of noise level and label: their features, then a two-layer MLP."""
+        return silu(self.map_layer1(silu(self.map_layer0(self.features(c_noise, labels)))))
+
+    def embed_s(self, c_noise_s: Times, labels: Embedding) -> Embedding:
+        """Embedding of the second time and the label: the same features, then an MLP of its own."""
+        assert self.map_layer0_s is not None and self.map_layer1_s is not None
+        return silu(self.map_layer1_s(silu(self.map_layer0_s(self.features(c_noise_s, labels)))))
+
+    def features(self, c_noise: Times, labels: Embedding) -> Embedding:
+        """Sinusoids of angular frequency 1 down to 1e-4, plus a linear map of the label."""
         n = self.config.model_channels // 2
         w = torch.logspace(0, -4, n, dtype=c_noise.dtype, device=c_noise.device)
-        emb = sinusoidal(c_noise, w).to(labels.dtype)
+        features = sinusoidal(c_noise, w).to(labels.dtype)
         if self.map_label is not None:
-            emb = emb + self.map_label(labels * self.config.label_dim**0.5)
-        return silu(self.map_layer1(silu(self.map_layer0(emb))))
+            features = features + self.map_label(labels * self.config.label_dim**0.5)
+        return features

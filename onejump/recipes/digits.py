@@ -9,8 +9,8 @@ from onejump.methods.ict import ICT
 from onejump.methods.tcm import TCM
 from onejump.networks.song_unet import SongUNetConfig
 from onejump.optim import Adam, CosineRate
-from onejump.precond import EDM
-from onejump.samplers import Heun, Multistep
+from onejump.precond import CM
+from onejump.samplers import ODE, Multistep
 from onejump.times import Discretisation, LogStudentT
 from onejump.types import UserError
 
@@ -39,10 +39,9 @@ def small_unet(data: ImageSet) -> SongUNetConfig:
     )
 
 
-def digits(data: ImageSet) -> Recipe:
-    """Teacher (EDM) -> stage 1 (ECT) -> stage 2 (TCM). The curriculum has as few doublings as so short a run bears."""
-    curriculum = Discretisation(q=2, double_every=150, ratio_limit=0.984375)
-    teacher = Stage(
+def teacher_stage() -> Stage:
+    """EDM's diffusion model, from which all chains start."""
+    return Stage(
         DSM(),
         steps=1000,
         batch=128,
@@ -50,12 +49,18 @@ def digits(data: ImageSet) -> Recipe:
         rate=CosineRate(1e-3),
         clip=1.0,  # keeps the first steps small for images of any size: the losses are sums over pixels
         ema=PowerEMA(),
-        sampler=Heun(),
+        sampler=ODE(),
     )
+
+
+def digits(data: ImageSet) -> Recipe:
+    """Teacher (EDM) -> stage 1 (ECT) -> stage 2 (TCM). The curriculum has as few doublings as so short a run bears."""
+    curriculum = Discretisation(q=2, double_every=150, ratio_limit=0.984375)
     stage1 = Stage(
         ECT(delta=curriculum, t_min=0.002, t_max=80.0),
         steps=1000,
         batch=128,
+        optimizer=Adam(),
         rate=CosineRate(1e-3),
         clip=1.0,
         ema=PowerEMA(),
@@ -66,6 +71,7 @@ def digits(data: ImageSet) -> Recipe:
         steps=400,
         count_on=True,
         batch=128,
+        optimizer=Adam(),
         rate=CosineRate(2e-3),
         clip=1.0,
         ema=PowerEMA(),
@@ -74,7 +80,7 @@ def digits(data: ImageSet) -> Recipe:
     return Recipe(
         name="digits",
         network=small_unet(data),
-        stages={"teacher": teacher, "stage1": stage1, "stage2": stage2},
+        stages={"teacher": teacher_stage(), "stage1": stage1, "stage2": stage2},
         evaluation=Evaluation(n=2000, steps=(1, 2), teacher_steps=18),
     )
 
@@ -88,7 +94,7 @@ def digits_ict(data: ImageSet) -> Recipe:
         rate=CosineRate(1e-3),
         clip=1.0,
         ema=PowerEMA(),
-        precond=EDM(sigma_min=0.002),
+        jump=CM(),
         sampler=Multistep(mid=(0.821,)),
     )
     return Recipe(name="digits-ict", network=small_unet(data), stages={"ict": stage})

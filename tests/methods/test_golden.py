@@ -36,7 +36,7 @@ def test_ect_loss_and_gradient_at_the_published_times(c, stage):
     model = sine_model()
     ft = model(diffuse(x0, eps, t), t).detach().requires_grad_()
     with torch.no_grad():
-        fr = on_rows(r > 0, model, diffuse(x0, eps, r), r, None, None)
+        fr = on_rows(r > 0, model, diffuse(x0, eps, r), (r,), None, None)
     loss = losses.inverse_delta(t, r) * losses.pseudo_huber(ft, fr, c)
     loss.mean().backward()
     torch.testing.assert_close(loss, f32(data[f"stage{stage}/c{c}/loss"]), rtol=1e-6 if stage < 8 else 2e-4, atol=0)

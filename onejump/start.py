@@ -1,0 +1,132 @@
+"""What a stage starts from: the model it takes its weights from, and the one it distils."""
+
+import contextlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onejump.analytic import AnalyticPrecond
+from onejump.config import Distilling, Network, Recipe
+from onejump.fit import network_of
+from onejump.methods.dsm import DSM
+from onejump.model import ConsistencyModel
+from onejump.precond import EDM, Euler
+from onejump.run_record import has_begun
+from onejump.saved import load_model, model_sha256
+from onejump.train import mix
+from onejump.types import UserError
+
+
+@dataclass(frozen=True)
+class Given:
+    """Models given on the command line. init: what a stage starts from. teacher: the diffusion model to distil."""
+
+    init: str | None = None
+    teacher: str | None = None
+
+
+def distilled_from(recipe: Recipe, teacher: str) -> Recipe:
+    """The recipe for a teacher that is there already: of its network, and without the stages that would train one."""
+    stages = {name: stage for name, stage in recipe.stages.items() if not isinstance(stage.method, DSM)}
+    if not any(isinstance(stage.method, Distilling) for stage in stages.values()):
+        raise UserError(f"--teacher: no stage of {recipe.name} distils a diffusion model; leave it out, or see --init")
+    return replace(recipe, network=load_model(teacher).network, stages=stages)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a stage starts from: random weights (no source), the stage before it, or a model given with --init."""
+
+    source: Path | None
+    sha256: str | None  # of its weights
+    given: bool = False
+
+    @property
+    def name(self) -> str:
+        return "the start" if self.source is None else str(self.source) if self.given else self.source.name
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """For start.json, stage.json and the model's provenance."""
+        given = {"initialised_from": {"path": str(self.source), "sha256": self.sha256}} if self.given else {}
+        return {"started_from": self.sha256, **given}
+
+    def differs(self, folder: Path) -> bool:
+        """Whether the stage in this folder has begun from something else."""
+        return has_begun(folder) and recorded_start(folder).get("started_from", self.sha256) != self.sha256
+
+
+def recorded_start(folder: Path) -> dict[str, Any]:
+    """What start.json and stage.json say, {} without them."""
+    found: dict[str, Any] = {}
+    for path in (folder / "start.json", folder / "stage.json"):
+        with contextlib.suppress(OSError, ValueError):  # a cut one is no record
+            found |= json.loads(path.read_bytes())
+    return found
+
+
+def teacher_of(recipe: Recipe, name: str, out: Path, given: Given) -> Path:
+    """The model given, or the last diffusion stage before this one, or the diffusion model that this one began from."""
+    names = list(recipe.stages)
+    before = [other for other in names[: names.index(name)] if isinstance(recipe.stages[other].method, DSM)]
+    begun = recorded_start(out / name).get("initialised_from", {})
+    if found := given.teacher or given.init or begun.get("path"):
+        return Path(found)
+    if not before:
+        raise UserError(f"{name} distils a diffusion model, and {recipe.name} trains none: give --teacher MODEL")
+    return out / before[-1]
+
+
+def start_of(recipe: Recipe, name: str, out: Path, given: Given) -> Start:
+    """Where this stage starts, or has started if that was a model given by name. Raises UserError without one."""
+    folder, names, init = out / name, list(recipe.stages), given.init
+    before = names[names.index(name) - 1] if name != names[0] else None
+    begun = recorded_start(folder) if has_begun(folder) else {}
+    if init is None and before is None and isinstance(recipe.stages[name].method, Distilling):
+        init = given.teacher  # the student starts as its teacher
+    if init:
+        start = Start(Path(init), model_sha256(Path(init)), True)
+        if start.differs(folder):
+            raise UserError(f"--init {init}: {name} in {out} began from another model; give another --out")
+        return start
+    if "initialised_from" in begun:
+        source = Path(begun["initialised_from"]["path"])
+        done = (folder / "stage.json").exists()  # then the source may be gone
+        return Start(source, begun["started_from"] if done else model_sha256(source), True)
+    if before is None:
+        return Start(None, None)
+    if not (out / before / "stage.json").exists():
+        way_out = f"train --stage {before} first, or give a model with --init"
+        raise UserError(f"{name} starts from {before}, which is not trained yet in {out}: {way_out}")
+    return Start(out / before, model_sha256(out / before))
+
+
+def starting_model(recipe: Recipe, name: str, start: Start) -> ConsistencyModel:
+    """Random weights from the recipe's seed, or those of the source, which must be of the same kind."""
+    stage = recipe.stages[name]
+    torch.manual_seed(mix(recipe.seed, list(recipe.stages).index(name), 0, 0))
+    network = network_of(recipe, stage)
+    net = network.build()
+    if start.source is not None:
+        saved = load_model(start.source)
+        if not starts_from(network, saved.network):
+            raise UserError(f"{start.source}: its network is {saved.network}, {name} has {network}")
+        assert isinstance(saved.model.precond, EDM)
+        theirs, ours = saved.model.precond.sigma_data, stage.precond.sigma_data
+        if theirs != ours:
+            raise UserError(
+                f"{start.source}: its precond.sigma_data is {theirs:g}, but {name}.precond.sigma_data is {ours:g}; "
+                "give it the same, or another model"
+            )
+        net.load_state_dict(net.state_dict() | saved.model.net.state_dict())
+    jump = Euler() if isinstance(stage.jump, AnalyticPrecond) else stage.jump
+    return ConsistencyModel(net, stage.precond, jump, second_time=stage.second_time != "off")
+
+
+def starts_from(network: Network, source: Network) -> bool:
+    """Whether the weights of one are weights of the other, which may read a second time in addition."""
+    adds = source.second_time == "off" or network.second_time != "off"
+    return adds and replace(network, second_time="off", dropout=0.0) == replace(source, second_time="off", dropout=0.0)

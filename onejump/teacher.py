@@ -1,0 +1,120 @@
+"""The diffusion model that a stage distils: found sound before training starts, and the jump computed from it."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from onejump.analytic import AnalyticPrecond, estimate
+from onejump.analytic_jump import Analytic
+from onejump.analytic_page import cost, write_table_page
+from onejump.analytic_table import Estimator, Table, load_table, save_table
+from onejump.config import SIGMA_MAX, SIGMA_MIN, Recipe
+from onejump.data.image_set import ImageSet
+from onejump.fit import images_for
+from onejump.metrics_log import progress_of
+from onejump.precond import EDM, ToData
+from onejump.samplers import ODE
+from onejump.saved import SavedModel, load_model, model_sha256
+from onejump.times import karras_grid
+from onejump.types import UserError
+
+
+@dataclass(frozen=True)
+class Teacher:
+    saved: SavedModel
+    sha256: str
+    path: Path
+
+
+def load_teacher(recipe: Recipe, name: str, path: Path, data: ImageSet, device: torch.device) -> Teacher:
+    """The teacher of stage `name`, on the device. Raises UserError if it cannot teach these images."""
+    saved = load_model(path)
+    check_diffusion(saved, path)
+    check_images(saved, path, images_for(recipe.network, data))
+    assert isinstance(saved.model.precond, EDM)
+    ours, theirs = recipe.stages[name].precond.sigma_data, saved.model.precond.sigma_data
+    if ours != theirs:
+        raise UserError(
+            f"{path}: its precond.sigma_data is {theirs:g}, but {name}.precond.sigma_data is {ours:g}; make both equal"
+        )
+    saved.model.to(device)
+    check_finite(saved, path, data, device)
+    return Teacher(saved, model_sha256(path), path)
+
+
+def check_diffusion(saved: SavedModel, path: Path) -> None:
+    if not isinstance(saved.sampler, ODE) or not isinstance(saved.model.jump, ToData) or saved.model.second_time:
+        raise UserError(f"{path}: not a diffusion model (trained by DSM), which is what a teacher must be")
+
+
+def check_images(saved: SavedModel, path: Path, data: ImageSet) -> None:
+    """Whether the teacher knows images of this shape, and their classes."""
+    if saved.shape != data.shape:
+        theirs, ours = ("x".join(map(str, shape)) for shape in (saved.shape, data.shape))
+        raise UserError(f"{path}: this teacher makes images of {theirs}, these ({data.name}) are {ours}; see --size")
+    if saved.network.label_dim != data.classes:
+        theirs, ours = (f"{n} classes" if n else "no classes" for n in (saved.network.label_dim, data.classes))
+        raise UserError(f"{path}: this teacher knows {theirs}, these images ({data.name}) have {ours}; give another")
+
+
+@torch.no_grad()
+def check_finite(saved: SavedModel, path: Path, data: ImageSet, device: torch.device) -> None:
+    """One pass at 16 times over the whole range: what is not finite now would ruin the training unseen."""
+    t = karras_grid(16, SIGMA_MIN, SIGMA_MAX, device=device).float()
+    x0, cond = images_for(saved.network, data).batch(0, len(t), seed=0, device=device)
+    bad = ~saved.model.denoise(x0 + t.view(-1, 1, 1, 1) * torch.randn_like(x0), t, cond=cond).flatten(1).isfinite()
+    if bad.any():
+        at = t[bad.any(1)][0].item()
+        raise UserError(f"{path}: this teacher's output is not finite at t = {at:.4g}; it cannot teach")
+
+
+def jump_of(wanted: AnalyticPrecond, teacher: Teacher, data: ImageSet, folder: Path, name: str) -> Analytic:
+    """The jump computed from this teacher: from the table given, or the one in `folder`, estimated if there is none."""
+    path = Path(wanted.table) if wanted.table else folder / "precond.json"
+    if not wanted.table and not path.exists():
+        estimate_table(teacher.saved, teacher.sha256, data, wanted.estimator, path, f"{name}, preconditioning")
+    return jump_in(path, wanted, teacher)
+
+
+def jump_in(path: Path, wanted: AnalyticPrecond, teacher: Teacher) -> Analytic:
+    """The jump of a table file. Raises UserError if it is of another teacher or another range of times."""
+    table = load_table(path)
+    if table.teacher != teacher.sha256:
+        raise UserError(f"{path}: a table of another teacher than {teacher.path}; make one with onejump precond")
+    jump = table.jump(wanted.form)
+    jump.check_times(SIGMA_MIN, SIGMA_MAX)
+    return jump
+
+
+def estimate_table(
+    saved: SavedModel, sha256: str, data: ImageSet, estimator: Estimator, path: Path, title: str
+) -> Table:
+    """Estimates and writes the table of this teacher; a second call goes on where the first was killed."""
+    assert isinstance(saved.model.precond, EDM), "check_diffusion has let it pass"
+    device = next(saved.model.parameters()).device
+    x0, cond = images_for(saved.network, data).batch(0, estimator.samples, estimator.seed, device=device)
+    partial = path.with_suffix(".partial.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with progress_of(title) as progress:
+        try:
+            table = estimate(
+                saved.model,
+                x0,
+                cond,
+                estimator,
+                teacher_sha=sha256,
+                data_name=data.name,
+                data_fingerprint=data.fingerprint,
+                partial=partial,
+                progress=progress,
+            )
+        except KeyboardInterrupt:
+            if partial.exists():
+                print(f"\nKept in {partial}: the same command goes on from there", file=sys.stderr)
+            raise
+    save_table(path, table)
+    partial.unlink(missing_ok=True)
+    write_table_page(path.with_suffix(".html"), table, saved.model.precond, cost(table))
+    return table
