@@ -70,6 +70,8 @@ class Stage:
             raise UserError(f"clip: {self.clip:g}; a gradient norm above 0 is needed")
         if isinstance(self.method, TCM):
             self._check_passes(self.method.rho)
+        if isinstance(self.method, ContinuousCT | ContinuousCD) and self.precision != "fp32":
+            raise UserError(f"precision: {self.precision}; forward derivatives want fp32")
         _check_jump(self)
 
     def _check_passes(self, rho: float) -> None:

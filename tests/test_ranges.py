@@ -127,6 +127,7 @@ def test_tcm_needs_two_samples_a_pass():
             "stage2.micro_batch=30",
             "stage2.micro_batch: 30; with batch=64 and method.rho=0.25 it would change the share",
         ),
+        ("stage1.jump=AnalyticPrecond", "stage1.jump: AnalyticPrecond needs a teacher, and ECT has none"),
         (
             "stage1.method=ICT",
             "stage1.jump: ToData ends at 0; ICT's first time is 0.002, where f must be the identity: use jump=CM",

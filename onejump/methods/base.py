@@ -124,5 +124,6 @@ def gradient_ratio(of: Tensor, to: Tensor, student: ConsistencyModel, low: float
     CTM's adaptive weight of the loss `to` (Kim et al. 2024, after VQGAN).
     """
     W: Any = student.net.last_weight
-    a, b = (torch.autograd.grad(loss, W, retain_graph=True)[0].norm() for loss in (of, to))
+    scale = 2**10  # keeps half precision from rounding small gradients to zero
+    a, b = (torch.autograd.grad(scale * loss, W, retain_graph=True)[0].norm() / scale for loss in (of, to))
     return (a / (b + 1e-4)).clamp(low, high).detach()

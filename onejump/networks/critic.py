@@ -108,7 +108,8 @@ def mini_critic(channels: int, side: int, width: int) -> nn.Sequential:
     widths = [channels, *(max(width, 8 * width >> n) for n in reversed(range(halvings)))]
     layers: list[nn.Module] = []
     for c_in, c_out in itertools.pairwise(widths):
-        layers += [conv(c_in, c_out, 4, stride=2, padding=1), nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2)]
+        norm = nn.BatchNorm2d(c_out, track_running_stats=False)  # they are never read, and one bad image would stay in
+        layers += [conv(c_in, c_out, 4, stride=2, padding=1), norm, nn.LeakyReLU(0.2)]
     return nn.Sequential(*layers, conv(widths[-1], 1, min(4, side >> halvings), bias=False))
 
 
