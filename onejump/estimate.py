@@ -1,5 +1,6 @@
 """What a run will take: a few real passes are timed and their memory counted."""
 
+import itertools
 import time
 from dataclasses import dataclass, replace
 
@@ -10,9 +11,12 @@ from onejump.config import Distilling, Recipe, Stage
 from onejump.data.image_set import ImageSet
 from onejump.fit import images_for, network_of
 from onejump.methods.base import Nets
+from onejump.methods.ctm import CTM
+from onejump.methods.ctm_gan import CTMGAN
 from onejump.model import ConsistencyModel
 from onejump.precond import Euler
 from onejump.samplers import ODE
+from onejump.times import random_steps
 
 PROBE = 32  # images in a timed pass, unless the stage's own are fewer
 
@@ -31,7 +35,7 @@ def estimate_stage(recipe: Recipe, stage: Stage, data: ImageSet, device: torch.d
     probe = replace(stage, batch=min(PROBE, at_once))
     nets = nets_for(recipe, stage, device)
     images = images_for(recipe.network, data)
-    last_step = 10**9  # the end of any curriculum, where no target is skipped
+    last_step = typical_step(stage)
     saved: dict[int, int] = {}
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
@@ -60,6 +64,15 @@ def estimate_stage(recipe: Recipe, stage: Stage, data: ImageSet, device: torch.d
         seconds=training + forward * evaluation_passes(recipe, stage),
         bytes=copies * weights + activations * at_once // probe.batch,
     )
+
+
+def typical_step(stage: Stage) -> int:
+    """A step at the end of any curriculum, where no target is skipped; CTM's has the mean number of solver steps."""
+    step, method = 10**9, stage.method.ctm if isinstance(stage.method, CTMGAN) else stage.method
+    if isinstance(method, CTM):
+        mean = round((2 * method.max_steps + 1) / 3)
+        step = next(n for n in itertools.count(step, 2) if random_steps(n, method.max_steps) == mean)
+    return step
 
 
 def nets_for(recipe: Recipe, stage: Stage, device: torch.device) -> Nets:

@@ -72,6 +72,18 @@ def test_a_teacher_that_is_there_is_distilled_as_it_is(out, tmp_path):
     assert not (folder / "teacher").exists() and student.network.width == 16
 
 
+def test_the_adversarial_stage_goes_on_from_ctm_with_its_teacher(out, tmp_path):
+    """In the recipe the teacher is two stages before; even steps train the student, odd ones the critic."""
+    gan = [word.replace("ctm.", "gan.").replace("gan.method.", "gan.method.ctm.") for word in CTM]
+    folder = tmp_path / "run"
+    words = [*COMMON[1:], *CTM, *gan, "--teacher", str(out / "teacher"), "--out", str(folder)]
+    assert main(["run", "digits-ctm-gan", *words]) == 0
+    before, after = (load_model(folder / name) for name in ("ctm", "gan"))
+    assert after.provenance["started_from"] == record(folder / "ctm" / "stage.json")["model_sha256"]
+    assert after.provenance["teacher_sha256"] == before.provenance["teacher_sha256"]
+    assert any((a != b).any() for a, b in zip(after.model.parameters(), before.model.parameters(), strict=True))
+
+
 def test_samplers_of_a_trajectory_model(out, tmp_path, capsys):
     exact, _ = arrays(out, tmp_path / "a.npz", "--n", "6", "--steps", "2")
     middle = 2.515218976

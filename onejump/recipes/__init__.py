@@ -12,6 +12,7 @@ FOR_ANY_IMAGES = {
     "digits-ict": "improved consistency training (iCT) from data alone, in one stage",
     f"digits-cd[{ANALYTIC}]": "diffusion teacher -> consistency distillation (CD) [with Analytic-Precond]",
     f"digits-ctm[{ANALYTIC}]": "diffusion teacher -> consistency trajectory model (CTM) [with Analytic-Precond]",
+    "digits-ctm-gan": "the same, then on with CTM's adversarial loss",
 }
 PUBLISHED = {
     f"{kind}-{images}[{ANALYTIC}]": f"{kind.upper()} on {what} as published, from EDM's model (--teacher)"
@@ -50,6 +51,7 @@ def build_recipe(name: str, data: "ImageSet | None") -> "Recipe":
         "digits-cd-analytic": distillation.digits_cd_analytic,
         "digits-ctm": distillation.digits_ctm,
         "digits-ctm-analytic": distillation.digits_ctm_analytic,
+        "digits-ctm-gan": distillation.digits_ctm_gan,
     }
     if name not in functions:
         raise UserError(f"recipe: no {name!r}; there are {', '.join(NAMES)}{did_you_mean(name, NAMES)}")

@@ -9,6 +9,8 @@ from onejump.data.image_set import ImageSet
 from onejump.ema import PowerEMA
 from onejump.methods.cd import CD
 from onejump.methods.ctm import CTM
+from onejump.methods.ctm_gan import CTMGAN
+from onejump.networks.critic import SmallCriticConfig
 from onejump.optim import Adam, CosineRate
 from onejump.precond import CM, Euler
 from onejump.recipes.digits import small_unet, teacher_stage
@@ -49,6 +51,16 @@ def digits_ctm(data: ImageSet) -> Recipe:
     )
     stages = {"teacher": teacher_stage(), "ctm": stage}
     return Recipe("digits-ctm", small_unet(data), stages, evaluation=Evaluation(steps=(1, 2, 4)))
+
+
+def digits_ctm_gan(data: ImageSet) -> Recipe:
+    """CTM, then on with a critic: the steps count both kinds, the student's and the critic's."""
+    recipe = digits_ctm(data)
+    before = recipe.stages["ctm"]
+    assert isinstance(before.method, CTM)
+    critic = SmallCriticConfig(img_channels=data.shape[0])
+    stage = replace(before, method=CTMGAN(before.method), steps=400, rate=CosineRate(2e-4), critic=critic)
+    return replace(recipe, name="digits-ctm-gan", stages=recipe.stages | {"gan": stage})
 
 
 def analytic(recipe: Recipe, jump: AnalyticPrecond = FROM_TEACHER) -> Recipe:
