@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from onejump.cli_input import numbers_of
 
 if TYPE_CHECKING:
-    from onejump.samplers import Jumps, Sampler
+    from onejump.samplers import Jumps, Sampler, Trajectory
     from onejump.saved import SavedModel
 
 STEPS = "jumps, a network call each (default: {}); a diffusion teacher: steps of its ODE (default: 18)"
@@ -57,7 +57,7 @@ def check_one_of(args: argparse.Namespace) -> None:
 def asked_sampler(args: argparse.Namespace, saved: "SavedModel") -> "Sampler":
     from onejump import solvers
     from onejump.config_json import did_you_mean
-    from onejump.samplers import ODE, Multistep, Trajectory
+    from onejump.samplers import ODE, Multistep
     from onejump.types import UserError
 
     sampler, two_times = saved.sampler, saved.model.second_time
@@ -69,7 +69,8 @@ def asked_sampler(args: argparse.Namespace, saved: "SavedModel") -> "Sampler":
             )
         if not isinstance(sampler, ODE) and not two_times:
             raise UserError("--solver: this model maps noise to data and is no denoiser; give --steps or --times")
-        return ODE(solver=known[args.solver])
+        own = sampler if isinstance(sampler, ODE) else trajectory_of(sampler)
+        return ODE(own.sigma_min, own.sigma_max, own.rho, known[args.solver])
     if args.times is not None:
         if isinstance(sampler, ODE):
             raise UserError("--times: this is a diffusion model, whose sampler takes --steps only")
@@ -85,13 +86,20 @@ def asked_sampler(args: argparse.Namespace, saved: "SavedModel") -> "Sampler":
         if getattr(args, name) is not None and not two_times:
             raise UserError(f"--{name}: this model's jumps all end at the data; only trajectory models (CTM) have it")
     if args.jumps is not None:
-        return asked_jumps(args.jumps, sampler)
-    return replace(sampler, gamma=args.gamma) if isinstance(sampler, Trajectory) and args.gamma is not None else sampler
+        return asked_jumps(args.jumps, trajectory_of(sampler))
+    return sampler if args.gamma is None else replace(trajectory_of(sampler), gamma=args.gamma)
 
 
-def asked_jumps(text: str, trained: "Sampler") -> "Jumps":
+def trajectory_of(sampler: "Sampler") -> "Trajectory":
+    """A trajectory model's own, or one over the times of CTM's training."""
+    from onejump.samplers import Trajectory
+
+    return sampler if isinstance(sampler, Trajectory) else Trajectory()
+
+
+def asked_jumps(text: str, trained: "Trajectory") -> "Jumps":
     """80:1.5,6:0.002 as jumps; none of them outside the times of training."""
-    from onejump.samplers import Jumps, Trajectory
+    from onejump.samplers import Jumps
     from onejump.types import UserError
 
     pairs = [pair.split(":") for pair in text.split(",")]
@@ -99,7 +107,7 @@ def asked_jumps(text: str, trained: "Sampler") -> "Jumps":
         raise UserError(f"--jumps {text}: start:end for each jump is needed, such as 80:1.5,6:0.002")
     start, end = (tuple(numbers_of("--jumps", ",".join(part), float)) for part in zip(*pairs, strict=True))
     jumps = Jumps(start, end)
-    if isinstance(trained, Trajectory) and not trained.sigma_min <= min(end) < max(start) <= trained.sigma_max:
+    if not trained.sigma_min <= min(end) < max(start) <= trained.sigma_max:
         raise UserError(
             f"--jumps {text}: this model was trained from {trained.sigma_min:g} to {trained.sigma_max:g}; stay inside"
         )

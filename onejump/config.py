@@ -104,12 +104,16 @@ def _check_jump(stage: Stage) -> None:
             f"jump: {type(stage.jump).__name__} with second_time={stage.second_time}; CTM jumps from any t to any "
             "s: use jump=Euler or another that can, and second_time=zero"
         )
+    if not isinstance(stage.method, Trajectories) and stage.second_time != "off":
+        raise UserError(f"second_time: {stage.second_time}; {name}'s jumps end in one place only: use second_time=off")
     if isinstance(stage.method, CTMGAN) != (stage.critic is not None):
         raise UserError(f"critic: CTMGAN, and no other method, needs one; the method is {name}")
     if isinstance(stage.jump, Analytic):
         stage.jump.check_times(SIGMA_MIN, SIGMA_MAX)
-    if isinstance(stage.jump, AnalyticPrecond) and not isinstance(stage.method, Distilling):
-        raise UserError(f"jump: AnalyticPrecond needs a teacher, and {name} has none; use it with CD or CTM")
+    if isinstance(stage.jump, AnalyticPrecond):
+        if not isinstance(stage.method, Distilling):
+            raise UserError(f"jump: AnalyticPrecond needs a teacher, and {name} has none; use it with CD or CTM")
+        check_range(at_least=SIGMA_MAX, **{"jump.estimator.sigma_max": stage.jump.estimator.sigma_max})
 
 
 @dataclass(frozen=True)
@@ -160,18 +164,22 @@ class Recipe:
         for name, stage in self.stages.items():
             if name in taken or not re.fullmatch(r"\w[\w-]*", name):
                 raise UserError(f"stages: {name!r} is no name for a stage; use a plain word, such as stage1")
-            _check_sampler(name, stage, max(self.evaluation.steps))
+            _check_sampler(name, stage, self.evaluation.steps)
 
 
-def _check_sampler(name: str, stage: Stage, steps: int) -> None:
+def _check_sampler(name: str, stage: Stage, asked: tuple[int, ...]) -> None:
     """What the evaluation will ask of this stage, found out before hours of training and not after."""
     two_times = isinstance(stage.sampler, Trajectory | Jumps)
     if two_times != isinstance(stage.method, Trajectories) and not isinstance(stage.sampler, ODE):
         use = "Trajectory" if isinstance(stage.method, Trajectories) else "Multistep"
         kinds = f"{type(stage.sampler).__name__}; {type(stage.method).__name__}"
         raise UserError(f"{name}.sampler: {kinds} wants {use}")
+    if isinstance(stage.sampler, Jumps) and set(asked) != {len(stage.sampler.start)}:
+        made, given = len(stage.sampler.start), ",".join(map(str, asked))
+        raise UserError(f"evaluation.steps: {given}; the sampler of {name} makes {made} jumps: give {made}, no other")
     if not isinstance(stage.sampler, Multistep):
         return
+    steps = max(asked)
     if steps > stage.sampler.max_steps:
         raise UserError(
             f"evaluation.steps: {steps}; the sampler of {name} has times for {stage.sampler.max_steps}: "

@@ -20,9 +20,9 @@ from onejump.metrics_log import progress_for
 from onejump.model import ConsistencyModel
 from onejump.report import contact_sheet, neighbour_sheet, write_report
 from onejump.run_record import finished, read_json, say
-from onejump.samplers import ODE, Sampler
+from onejump.samplers import ODE, Jumps, Sampler
 from onejump.saved import SavedModel, load_model, model_sha256, save_model, write_json
-from onejump.start import Given, start_of, starting_model, teacher_of
+from onejump.start import Given, check_same_teacher, start_of, starting_model, teacher_of
 from onejump.teacher import jump_in, jump_of, load_teacher
 from onejump.train import Every, TrainResult, mix, train
 from onejump.types import Images
@@ -59,7 +59,9 @@ class Watch:
         return generate(ema, self.sampler, steps, range(n), self.judge.data.shape, labels, self.wanted.seed)
 
     def on_sample(self, ema: ConsistencyModel, step: int) -> None:
-        steps = self.wanted.teacher_steps if isinstance(self.sampler, ODE) else 1
+        steps = 1
+        if isinstance(self.sampler, ODE | Jumps):  # which cannot take one
+            steps = self.wanted.teacher_steps if isinstance(self.sampler, ODE) else len(self.sampler.start)
         contact_sheet(self.images(ema, GRID, steps), 10, self.folder / "samples" / f"step-{step:08d}.png")
 
     def on_evaluate(self, ema: ConsistencyModel, step: int) -> dict[str, Any]:
@@ -91,16 +93,17 @@ def train_stage(
     if stale:
         say(f"{name}: {start.name} has changed since, trained again")
         clear(folder)
-    write_json(folder / "start.json", start.record)
+    record = start.record
+    if isinstance(stage.method, Distilling):
+        record |= {"teacher_sha256": model_sha256(teacher_of(recipe, name, out, given))}
+    write_json(folder / "start.json", record)
     nets = nets_of(recipe, name, student, judge.data, out, device, given)
     result = train_nets(recipe, name, nets, judge, folder, device, tensorboard)
-    origin = {"recipe": recipe.name, "stage": name, "step": result.last_step, "seed": recipe.seed, **start.record}
+    origin = {"recipe": recipe.name, "stage": name, "step": result.last_step, "seed": recipe.seed, **record}
     origin |= {"data": data.name, "data_fingerprint": judge.data.fingerprint, "method": to_json(stage.method)}
-    if isinstance(stage.method, Distilling):
-        origin["teacher_sha256"] = model_sha256(teacher_of(recipe, name, out, given))
     network = network_of(recipe, stage)
     save_model(folder / "model", SavedModel(result.ema, network, stage.sampler, data.shape, data.class_names, origin))
-    write_json(folder / "stage.json", numbers_of(result) | start.record | {"model_sha256": model_sha256(folder)})
+    write_json(folder / "stage.json", numbers_of(result) | record | {"model_sha256": model_sha256(folder)})
 
 
 def train_nets(
@@ -158,6 +161,7 @@ def check_teachers(
     for name in names:
         check_files(recipe.stages[name])
         if isinstance(recipe.stages[name].method, Distilling):
+            check_same_teacher(name, out, given)
             path = teacher_of(recipe, name, out, given)
             if given.teacher or given.init or (path / "stage.json").exists():
                 teacher, jump = load_teacher(recipe, name, path, data, device), recipe.stages[name].jump
@@ -169,8 +173,9 @@ def clear(folder: Path) -> None:
     """Removes what training has left in a stage's folder; start.json last, so that a kill in between is noticed."""
     for name in ("stage.json", "model", "checkpoints", "samples", "tensorboard"):
         (folder / name).unlink() if (folder / name).is_file() else shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "evaluations.jsonl", "precond.json", "precond.html", "start.json"):
-        (folder / name).unlink(missing_ok=True)
+    for path in (*folder.glob("precond.*"), *(folder / f"{name}.jsonl" for name in ("metrics", "evaluations"))):
+        path.unlink(missing_ok=True)
+    (folder / "start.json").unlink(missing_ok=True)
 
 
 def evaluate_run(recipe: Recipe, judge: Judge, out: Path, device: torch.device) -> None:

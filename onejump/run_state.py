@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onejump.analytic import AnalyticPrecond
 from onejump.checkpoint import Checkpoint, pack_optimizer, unpack_optimizer
 from onejump.config import Stage
 from onejump.ema import EMA, update_ema
@@ -24,7 +25,7 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 @dataclass
 class Run:
     """The networks, the student's EMA, the optimiser, the loss scale and the counters. `frozen` is a checksum of what
-    must not change, the teacher and the target's own networks, which a checkpoint does not hold."""
+    must not change and a checkpoint does not hold: the teacher, the target's own networks, a table given as a file."""
 
     nets: Nets
     ema: ConsistencyModel
@@ -52,6 +53,8 @@ class Run:
         teacher = (nets.teacher,) if nets.teacher else ()
         for model in (nets.student, *average, *nets.frozen, *teacher):
             model.to(device).train(model not in teacher).autocast = PRECISIONS[stage.precision]
+        if isinstance(stage.jump, AnalyticPrecond) and stage.jump.table:
+            frozen.update(repr(nets.student.jump).encode())
         for p in (p for model in (*nets.frozen, *teacher) for p in model.parameters()):
             frozen.update(p.detach().cpu().contiguous().numpy().data)
         if nets.critic:
@@ -173,8 +176,8 @@ class Run:
         meta, tensors = saved.meta, saved.tensors
         if meta["frozen"] != self.frozen:
             raise UserError(
-                f"{saved.path}: the frozen network is not the one this stage began with, the stage it comes from has "
-                "changed; delete this stage's folder to train it again"
+                f"{saved.path}: the frozen network is not the one this stage began with, or the table of its jump is "
+                "another: what they come from has changed; bring it back, or delete the stage's folder to train again"
             )
         for prefix, module in self.modules.items():
             _load(module, prefix, saved)

@@ -29,11 +29,15 @@ class Given:
 
 
 def distilled_from(recipe: Recipe, teacher: str) -> Recipe:
-    """The recipe for a teacher that is there already: of its network, and without the stages that would train one."""
+    """The recipe for a teacher that is there already: of its network, and without the stages that would train one.
+
+    Dropout stays the recipe's: it belongs to the training of the student, not to the weights.
+    """
     stages = {name: stage for name, stage in recipe.stages.items() if not isinstance(stage.method, DSM)}
     if not any(isinstance(stage.method, Distilling) for stage in stages.values()):
         raise UserError(f"--teacher: no stage of {recipe.name} distils a diffusion model; leave it out, or see --init")
-    return replace(recipe, network=load_model(teacher).network, stages=stages)
+    network = replace(load_model(teacher).network, dropout=recipe.network.dropout)
+    return replace(recipe, network=network, stages=stages)
 
 
 @dataclass(frozen=True)
@@ -69,15 +73,23 @@ def recorded_start(folder: Path) -> dict[str, Any]:
 
 
 def teacher_of(recipe: Recipe, name: str, out: Path, given: Given) -> Path:
-    """The model given, or the last diffusion stage before this one, or the diffusion model that this one began from."""
+    """--teacher's model; else the one that this stage starts, or has started, from by --init; else the last diffusion
+    stage before it."""
     names = list(recipe.stages)
     before = [other for other in names[: names.index(name)] if isinstance(recipe.stages[other].method, DSM)]
-    begun = recorded_start(out / name).get("initialised_from", {})
+    begun = recorded_start(out / name).get("initialised_from", {}) if has_begun(out / name) else {}
     if found := given.teacher or given.init or begun.get("path"):
         return Path(found)
     if not before:
         raise UserError(f"{name} distils a diffusion model, and {recipe.name} trains none: give --teacher MODEL")
     return out / before[-1]
+
+
+def check_same_teacher(name: str, out: Path, given: Given) -> None:
+    """Raises UserError for a --teacher that is not the one this stage has begun with."""
+    begun = recorded_start(out / name).get("teacher_sha256") if has_begun(out / name) else None
+    if given.teacher and begun not in (None, model_sha256(Path(given.teacher))):
+        raise UserError(f"--teacher {given.teacher}: {name} in {out} began with another teacher; give another --out")
 
 
 def start_of(recipe: Recipe, name: str, out: Path, given: Given) -> Start:

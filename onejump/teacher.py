@@ -31,7 +31,7 @@ class Teacher:
 def load_teacher(recipe: Recipe, name: str, path: Path, data: ImageSet, device: torch.device) -> Teacher:
     """The teacher of stage `name`, on the device. Raises UserError if it cannot teach these images."""
     saved = load_model(path)
-    check_diffusion(saved, path)
+    check_diffusion(saved, path, "; give one with --teacher")
     check_images(saved, path, images_for(recipe.network, data))
     assert isinstance(saved.model.precond, EDM)
     ours, theirs = recipe.stages[name].precond.sigma_data, saved.model.precond.sigma_data
@@ -44,9 +44,9 @@ def load_teacher(recipe: Recipe, name: str, path: Path, data: ImageSet, device: 
     return Teacher(saved, model_sha256(path), path)
 
 
-def check_diffusion(saved: SavedModel, path: Path) -> None:
+def check_diffusion(saved: SavedModel, path: Path, way_out: str = "") -> None:
     if not isinstance(saved.sampler, ODE) or not isinstance(saved.model.jump, ToData) or saved.model.second_time:
-        raise UserError(f"{path}: not a diffusion model (trained by DSM), which is what a teacher must be")
+        raise UserError(f"{path}: not a diffusion model (trained by DSM), which is what a teacher must be{way_out}")
 
 
 def check_images(saved: SavedModel, path: Path, data: ImageSet) -> None:
@@ -71,11 +71,26 @@ def check_finite(saved: SavedModel, path: Path, data: ImageSet, device: torch.de
 
 
 def jump_of(wanted: AnalyticPrecond, teacher: Teacher, data: ImageSet, folder: Path, name: str) -> Analytic:
-    """The jump computed from this teacher: from the table given, or the one in `folder`, estimated if there is none."""
-    path = Path(wanted.table) if wanted.table else folder / "precond.json"
-    if not wanted.table and not path.exists():
+    """The jump computed from this teacher: from the table given, or the one in `folder`, estimated unless it is that.
+
+    A stage killed before its first checkpoint may be given another teacher, other images or another estimator.
+    """
+    if wanted.table:
+        return jump_in(Path(wanted.table), wanted, teacher)
+    path = folder / "precond.json"
+    if not is_of(path, teacher, data, wanted.estimator):
         estimate_table(teacher.saved, teacher.sha256, data, wanted.estimator, path, f"{name}, preconditioning")
     return jump_in(path, wanted, teacher)
+
+
+def is_of(path: Path, teacher: Teacher, data: ImageSet, estimator: Estimator) -> bool:
+    """Whether the file is a whole table of this teacher from these images, estimated this way."""
+    try:
+        table = load_table(path)
+    except UserError:
+        return False
+    found = table.teacher, table.data_fingerprint, table.estimator
+    return found == (teacher.sha256, data.fingerprint, estimator)
 
 
 def jump_in(path: Path, wanted: AnalyticPrecond, teacher: Teacher) -> Analytic:

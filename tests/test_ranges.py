@@ -7,6 +7,7 @@ import pytest
 
 from onejump.config import Evaluation, Recipe, Stage
 from onejump.ema import ConstantEMA, PowerEMA
+from onejump.methods.ctm import CTM
 from onejump.methods.dsm import DSM
 from onejump.methods.ect import ECT
 from onejump.methods.ict import ICT
@@ -14,8 +15,8 @@ from onejump.methods.tcm import TCM
 from onejump.networks.mlp import MLPConfig
 from onejump.optim import Adam, ConstantRate, CosineRate, InverseSqrtRate, RAdam
 from onejump.overrides import apply_overrides
-from onejump.precond import CM, EDM
-from onejump.samplers import ODE, Multistep
+from onejump.precond import CM, EDM, Euler
+from onejump.samplers import ODE, Multistep, Trajectory
 from onejump.times import Discretisation, LogNormal, LogStudentT
 from onejump.types import UserError
 
@@ -27,6 +28,12 @@ CHAIN = Recipe(
         "stage1": Stage(ECT(), 1),
         "stage2": Stage(TCM(), 1, sampler=Multistep(mid=(2.0,))),
     },
+)
+DISTILLED = Recipe(
+    "distilled",
+    MLPConfig(),
+    {"ctm": Stage(CTM(), 1, jump=Euler(), second_time="zero", sampler=Trajectory())},
+    evaluation=Evaluation(steps=(1, 2, 4)),
 )
 OUT_OF_RANGE = [
     (lambda: ICT(s1=5), "s1: 5; 10 or more is needed"),
@@ -138,3 +145,26 @@ def test_a_number_out_of_range_is_located(override, message):
     with pytest.raises(UserError) as error:
         apply_overrides(CHAIN, [override])
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["ctm.jump=AnalyticPrecond", "ctm.jump.estimator.sigma_max=50"],
+            "ctm.jump.estimator.sigma_max: 50; 80 or more is needed",
+        ),
+        (
+            ["ctm.sampler=Jumps(start=(80,6),end=(1.5,0.002))"],
+            "evaluation.steps: 1,2,4; the sampler of ctm makes 2 jumps: give 2, no other",
+        ),
+        (
+            ["ctm.method=CD", "ctm.sampler=Multistep"],
+            "ctm.second_time: zero; CD's jumps end in one place only: use second_time=off",
+        ),
+    ],
+)
+def test_what_would_fail_or_mislead_after_hours_is_refused_at_once(overrides, message):
+    with pytest.raises(UserError) as error:
+        apply_overrides(DISTILLED, overrides)
+    assert message in str(error.value)

@@ -124,6 +124,9 @@ def gradient_ratio(of: Tensor, to: Tensor, student: ConsistencyModel, low: float
     CTM's adaptive weight of the loss `to` (Kim et al. 2024, after VQGAN).
     """
     W: Any = student.net.last_weight
-    scale = 2**10  # keeps half precision from rounding small gradients to zero
-    a, b = (torch.autograd.grad(scale * loss, W, retain_graph=True)[0].norm() / scale for loss in (of, to))
-    return (a / (b + 1e-4)).clamp(low, high).detach()
+
+    def norm(loss: Tensor) -> Tensor:
+        scale = torch.exp2(10 - loss.detach().abs().clamp_min(1).log2().ceil())  # half precision: no 0 and no infinity
+        return torch.autograd.grad(scale * loss, W, retain_graph=True)[0].norm() / scale
+
+    return (norm(of) / (norm(to) + 1e-4)).clamp(low, high).detach()

@@ -26,7 +26,7 @@ from onejump.types import UserError
 
 @dataclass(frozen=True)
 class Column:
-    """What differs between the columns of table 3; the student's network is its teacher's (EDM)."""
+    """What differs between the columns of table 3; the student's network is its teacher's (EDM), its dropout CTM's."""
 
     network: SongUNetConfig | ADMUNetConfig
     n: int  # times on the grid
@@ -40,7 +40,7 @@ COLUMNS = {
     "cifar10-uncond": Column(SongUNetConfig(dropout=0.13), 18, 17, 200_000, 256, 0.585),
     "cifar10-cond": Column(SongUNetConfig(label_dim=10, dropout=0.13), 18, 17, 150_000, 512, 0.585),
     "ffhq64": Column(SongUNetConfig(64, channel_mult=(1, 2, 2, 2), dropout=0.05), 18, 17, 150_000, 256, 0.585),
-    "imagenet64": Column(ADMUNetConfig(label_dim=1000, dropout=0.1), 40, 20, 60_000, 2048, 1.382),
+    "imagenet64": Column(ADMUNetConfig(label_dim=1000, dropout=0.0), 40, 20, 60_000, 2048, 1.382),
 }
 
 

@@ -9,9 +9,11 @@ from torch import nn
 
 from onejump.losses import mean_l2
 from onejump.lpips import LPIPS
+from onejump.methods.base import Nets, gradient_ratio
 from onejump.methods.continuous import ContinuousCD, ContinuousCT, hessian_times, slope
 from onejump.methods.ctm import CTM
 from onejump.methods.ctm_gan import CTMGAN
+from onejump.methods.dsm import DSM
 from onejump.model import ConsistencyModel
 from onejump.networks.critic import SmallCriticConfig
 from onejump.networks.mlp import MLPConfig
@@ -193,3 +195,20 @@ def test_ctm_trains_a_u_net_with_a_second_time():
 def test_settings_of_the_gan_out_of_range_are_refused(field):
     with pytest.raises(UserError, match=f"{'high' if len(field) > 1 else next(iter(field))}: "):
         CTMGAN(**field)
+
+
+def test_gradient_ratio_in_half_precision_is_that_of_float32():
+    """The denoising loss is a sum over pixels: its gradient at a layer that all pixels share can leave fp16's range."""
+    torch.manual_seed(0)
+    unet = SongUNetConfig(32, model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=()).build()
+    student = ConsistencyModel(unet, jump=Euler())
+    bright = torch.linspace(0.2, 0.9, 4).view(4, 1, 1, 1).expand(4, 3, 32, 32)
+    ratios = []
+    for precision in (None, torch.float16):
+        student.autocast = precision
+        torch.manual_seed(1)
+        dsm, _ = DSM().loss(Nets(student, student), bright, None, 0, 1)
+        small = 1e-3 * mean_l2(student(bright, torch.full((4,), 5.0)), bright).mean()
+        ratios.append(gradient_ratio(small, dsm, student))
+    assert ratios[0] > 0
+    torch.testing.assert_close(ratios[1], ratios[0], rtol=0.02, atol=0)
