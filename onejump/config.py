@@ -169,11 +169,11 @@ class Recipe:
 
 def _check_sampler(name: str, stage: Stage, asked: tuple[int, ...]) -> None:
     """What the evaluation will ask of this stage, found out before hours of training and not after."""
-    two_times = isinstance(stage.sampler, Trajectory | Jumps)
-    if two_times != isinstance(stage.method, Trajectories) and not isinstance(stage.sampler, ODE):
-        use = "Trajectory" if isinstance(stage.method, Trajectories) else "Multistep"
+    use: tuple[type, ...] = (ODE,) if isinstance(stage.method, DSM) else (Multistep,)
+    use = (Trajectory, Jumps) if isinstance(stage.method, Trajectories) else use
+    if not isinstance(stage.sampler, use):
         kinds = f"{type(stage.sampler).__name__}; {type(stage.method).__name__}"
-        raise UserError(f"{name}.sampler: {kinds} wants {use}")
+        raise UserError(f"{name}.sampler: {kinds} wants {use[0].__name__}")
     if isinstance(stage.sampler, Jumps) and set(asked) != {len(stage.sampler.start)}:
         made, given = len(stage.sampler.start), ",".join(map(str, asked))
         raise UserError(f"evaluation.steps: {given}; the sampler of {name} makes {made} jumps: give {made}, no other")
