@@ -20,7 +20,7 @@ ALL = OURS + sorted((ROOT / "tests").rglob("*.py"))
 # A module imports only from lines above its own, or from its own folder.
 LAYERS = """
 types
-losses times ema optim checkpoint page svg networks data evaluation
+losses times ema optim checkpoint tensor_file page svg networks data evaluation
 lpips_backbones precond analytic_jump svg_heatmap
 lpips
 model
@@ -34,12 +34,14 @@ methods
 config generate metrics_log
 fit config_json
 overrides saved recipes estimate run_state run_folder
+importers exporters hub
 train evaluate report_charts run_record
 report start
 teacher
 pipeline
 cli_input cli_results
 cli_sampling
+cli_show cli_import cli_export
 cli_model cli_analytic
 cli
 __main__
