@@ -12,7 +12,7 @@ from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onejump import __version__, cli_analytic, cli_model
+from onejump import __version__, cli_analytic, cli_export, cli_import, cli_model, cli_show
 from onejump.cli_input import check_name, device_of, images_of
 from onejump.recipes import LISTED
 
@@ -118,6 +118,9 @@ def parser() -> argparse.ArgumentParser:
             made.add_argument("--stage", help="which stage (default: the only one)")
             made.add_argument("--init", metavar="MODEL", help="start from this model instead of the stage before")
     cli_model.add_commands(add)
+    cli_show.add_commands(add)
+    cli_import.add_commands(add)
+    cli_export.add_commands(add)
     cli_analytic.add_commands(add)
     return top
 

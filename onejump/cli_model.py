@@ -1,4 +1,4 @@
-"""The commands on finished models and runs: sample, evaluate, report, show."""
+"""The commands on finished models and runs: sample, evaluate, report."""
 
 import argparse
 import json
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from onejump.cli_input import check_seed, device_of, images_of, numbers_of
 from onejump.cli_sampling import STEPS, add_sampling, sampling, what_was_done
-from onejump.recipes import NAMES
 
 if TYPE_CHECKING:
     from onejump.data.image_set import ImageSet
@@ -41,10 +40,6 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     made.add_argument("--device", help="cpu, cuda, ...")
     made = add("report", report_command, "make a run's report.html again")
     made.add_argument("run", type=Path, help="a run's folder")
-    made = add("show", show_command, "what a model or a recipe is")
-    made.add_argument("what", help="a model's or run's folder, or a recipe's name")
-    made.add_argument("--data", metavar="PATH", help="images for a recipe (default: digits)")
-    made.add_argument("--size", type=int, metavar="N", help="crop and resize them to N x N")
 
 
 def sample_command(args: argparse.Namespace) -> Work:
@@ -178,49 +173,3 @@ def report_command(args: argparse.Namespace) -> Work:
         print(f"Report: {write_report(args.run)}")
 
     return work
-
-
-def show_command(args: argparse.Namespace) -> Work:
-    if args.what in NAMES or not Path(args.what).exists():
-        from onejump.overrides import describe
-        from onejump.recipes import PUBLISHED, build_recipe, names
-
-        check_what(args.what)
-        images = None if args.what in names(PUBLISHED) and args.data is None else images_of(args)
-        recipe = build_recipe(args.what, images)
-        return lambda: print(describe(recipe))
-    from onejump.saved import load_model
-
-    saved = load_model(args.what)
-    return lambda: show(saved)
-
-
-def check_what(what: str) -> None:
-    from onejump.config_json import did_you_mean
-    from onejump.types import UserError
-
-    if what not in NAMES:
-        raise UserError(f"{what}: no such folder, and no such recipe ({', '.join(NAMES)}){did_you_mean(what, NAMES)}")
-
-
-def show(saved: "SavedModel") -> None:
-    """What it is, where it came from, how it is sampled, and its preconditioning at a few times."""
-    import torch
-
-    parameters = sum(p.numel() for p in saved.model.net.parameters())
-    rows = {
-        "images": "x".join(map(str, saved.shape)),
-        "classes": f"{len(saved.class_names)}: {', '.join(saved.class_names[:20])}" if saved.class_names else "none",
-        "network": saved.network,
-        "parameters": f"{parameters:,} ({parameters * 4 / 2**20:.1f} MiB)",
-        "preconditioning": saved.model.precond,
-        "sampler": saved.sampler,
-        "smallest time": f"t' = {saved.model.t_min:g}" if saved.model.t_min else "any",
-        **{key: value if not isinstance(value, dict) else value.get("type") for key, value in saved.provenance.items()},
-    }
-    for name, value in rows.items():
-        print(f"{name:<17} {value}")
-    t = torch.tensor([0.002, 0.02, 0.1, 0.5, 1.0, 2.0, 10.0, 80.0])
-    print(f"\n{'t':>8} {'c_skip':>10} {'c_out':>10} {'c_in':>10} {'c_noise':>10}")
-    for time, *scalings in zip(t.tolist(), *(c.tolist() for c in saved.model.precond(t)), strict=True):
-        print(f"{time:8g} " + " ".join(f"{value:10.5f}" for value in scalings))

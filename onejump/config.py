@@ -24,6 +24,7 @@ from onejump.methods.ict import ICT
 from onejump.methods.tcm import TCM
 from onejump.networks.adm_unet import ADMUNetConfig
 from onejump.networks.critic import ProjectedCriticConfig, SmallCriticConfig, TimmFeatures
+from onejump.networks.edm2_unet import EDM2UNetConfig
 from onejump.networks.mlp import MLPConfig
 from onejump.networks.song_unet import SongUNetConfig
 from onejump.optim import Adam, ConstantRate, CosineRate, InverseSqrtRate, Optimizer, RAdam, Rate
@@ -33,7 +34,7 @@ from onejump.solvers import Solver
 from onejump.times import Discretisation, HalfLogNormal, KarrasUniform, LogNormal, LogStudentT, check_range
 from onejump.types import UserError
 
-Network = SongUNetConfig | ADMUNetConfig | MLPConfig
+Network = SongUNetConfig | ADMUNetConfig | EDM2UNetConfig | MLPConfig
 OneJump = ToData | CM | Euler | Gaussian | Analytic  # a jump that a model can have
 Distilling = CD | ContinuousCD | CTM | CTMGAN  # methods with a teacher
 Trajectories = CTM | CTMGAN  # methods whose jumps end anywhere
@@ -164,6 +165,11 @@ class Recipe:
         for name, stage in self.stages.items():
             if name in taken or not re.fullmatch(r"\w[\w-]*", name):
                 raise UserError(f"stages: {name!r} is no name for a stage; use a plain word, such as stage1")
+            if isinstance(self.network, EDM2UNetConfig) and stage.second_time != "off":
+                raise UserError(
+                    f"{name}.second_time: {stage.second_time}; EDM2UNetConfig reads one time only, and jumps that end "
+                    "anywhere need another: use network=SongUNetConfig or ADMUNetConfig"
+                )
             _check_sampler(name, stage, self.evaluation.steps)
 
 
@@ -192,7 +198,7 @@ def _check_sampler(name: str, stage: Stage, asked: tuple[int, ...]) -> None:
 
 
 CLASSES: tuple[type, ...] = (
-    *(Recipe, Stage, Evaluation, SongUNetConfig, ADMUNetConfig, MLPConfig),
+    *(Recipe, Stage, Evaluation, SongUNetConfig, ADMUNetConfig, EDM2UNetConfig, MLPConfig),
     *(DSM, CT, ContinuousCT, ICT, ECT, TCM, CD, ContinuousCD, CTM, CTMGAN, LPIPS),
     *(SmallCriticConfig, ProjectedCriticConfig, TimmFeatures),
     *(LogNormal, HalfLogNormal, KarrasUniform, LogStudentT, Discretisation),

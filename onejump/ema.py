@@ -20,6 +20,11 @@ class ConstantEMA:
         if not 0 <= self.beta < 1:
             raise UserError(f"beta: {self.beta:.15g}; 0 or more and less than 1 is needed")
 
+    @property
+    def name(self) -> str:
+        """As a saved model states it."""
+        return f"constant {self.beta:.15g}"
+
     def decay(self, n: int) -> float:
         return self.beta
 
@@ -37,6 +42,11 @@ class PowerEMA:
     def __post_init__(self) -> None:
         if not -1 < self.gamma < math.inf:
             raise UserError(f"gamma: {self.gamma:.15g}; a number above -1 is needed")
+
+    @property
+    def name(self) -> str:
+        """As a saved model states it."""
+        return f"power sigma_rel {sigma_rel(self.gamma):.3g}"
 
     def decay(self, n: int) -> float:
         return (1 - 1 / n) ** (self.gamma + 1)

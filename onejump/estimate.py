@@ -5,9 +5,11 @@ import time
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from onejump.analytic import AnalyticPrecond
 from onejump.config import Distilling, Recipe, Stage
+from onejump.cost import TRAINED_COPIES, bytes_of, counting_kept
 from onejump.data.image_set import ImageSet
 from onejump.fit import images_for, network_of
 from onejump.methods.base import Nets
@@ -36,34 +38,39 @@ def estimate_stage(recipe: Recipe, stage: Stage, data: ImageSet, device: torch.d
     nets = nets_for(recipe, stage, device)
     images = images_for(recipe.network, data)
     last_step = typical_step(stage)
-    saved: dict[int, int] = {}
-
-    def count(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     seconds = []
     for _ in range(3):
         x0, cond = images.batch(0, probe.batch, recipe.seed, device=device)
+        kept: dict[int, int] = {}
         began = time.perf_counter()
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        with counting_kept(kept, *networks(nets)):
             loss, _ = stage.method.loss(nets, x0, cond, last_step, last_step)
+        activations = sum(kept.values())
         loss.backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - began)
-        activations, saved = sum(saved.values()), {}
-    weights = sum(p.numel() * p.element_size() for p in nets.student.parameters())
-    copies = (
-        5 + len(nets.frozen) + (nets.teacher is not None) + (nets.average is not None)
-    )  # gradients, two moments, EMA
     training = min(seconds) * stage.steps * stage.batch / probe.batch
     forward = min(seconds) / probe.batch / (4 if not isinstance(stage.sampler, ODE) else 3)
     return Estimate(
         seconds=training + forward * evaluation_passes(recipe, stage),
-        bytes=copies * weights + activations * at_once // probe.batch,
+        bytes=held_bytes(nets) + activations * at_once // probe.batch,
     )
+
+
+def networks(nets: Nets) -> list[nn.Module]:
+    """All that a step runs."""
+    found: list[nn.Module] = [nets.student, *nets.frozen]
+    found += [nets.teacher] if nets.teacher else []
+    found += [nets.average.model] if nets.average else []
+    return found + ([nets.critic.net] if nets.critic else [])
+
+
+def held_bytes(nets: Nets) -> int:
+    """Weights; with gradients and Adam's moments of what is trained, and the student's EMA."""
+    trained = (TRAINED_COPIES - 1) * bytes_of(nets.student)
+    trained += (TRAINED_COPIES - 2) * bytes_of(nets.critic.net) if nets.critic else 0
+    return trained + sum(bytes_of(net) for net in networks(nets))
 
 
 def typical_step(stage: Stage) -> int:

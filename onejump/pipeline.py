@@ -101,8 +101,8 @@ def train_stage(
     result = train_nets(recipe, name, nets, judge, folder, device, tensorboard)
     origin = {"recipe": recipe.name, "stage": name, "step": result.last_step, "seed": recipe.seed, **record}
     origin |= {"data": data.name, "data_fingerprint": judge.data.fingerprint, "method": to_json(stage.method)}
-    network = network_of(recipe, stage)
-    save_model(folder / "model", SavedModel(result.ema, network, stage.sampler, data.shape, data.class_names, origin))
+    network, about = network_of(recipe, stage), (data.shape, data.class_names, origin)
+    save_model(folder / "model", SavedModel(result.ema, network, stage.sampler, *about, ema=stage.ema.name))
     write_json(folder / "stage.json", numbers_of(result) | record | {"model_sha256": model_sha256(folder)})
 
 

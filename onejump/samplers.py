@@ -38,7 +38,7 @@ def multistep(model: ConsistencyModel, noise: Tensor, times: Sequence[float], co
     x = torch.zeros_like(noise[0])
     for eps, t in zip(noise, times, strict=True):
         x = x + t * eps
-        x = model(x, x.new_full((len(x),), t), cond=cond)
+        x = model(x, x.new_full(x.shape[:1], t), cond=cond)
     return x
 
 
@@ -62,7 +62,7 @@ def trajectory(
     x, last = torch.zeros_like(noise[0]), 0.0
     for eps, t, s in zip(noise, times, ends, strict=True):
         x = x + math.sqrt(t**2 - last**2) * eps
-        x = model(x, x.new_full((len(x),), t), x.new_full((len(x),), s), cond)
+        x = model(x, x.new_full(x.shape[:1], t), x.new_full((len(x),), s), cond)
         last = s
     return x
 
@@ -90,7 +90,7 @@ def ode(
     """
     denoise = solvers.denoiser(model, cond)
     x = times[0] * noise
-    ts = [x.new_full((len(x),), t) for t in times]
+    ts = [x.new_full(x.shape[:1], t) for t in times]
     for t, r in zip(ts[:-1], ts[1:], strict=True):
         x = solver(denoise, x, t, r)
     return solvers.euler(denoise, x, ts[-1], torch.zeros_like(ts[-1]))

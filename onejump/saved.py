@@ -1,29 +1,42 @@
-"""Our format of a finished model: a folder of config.json, which rebuilds the exact object, and model.safetensors."""
+"""Our format of a finished model: config.json, which rebuilds the exact object, and model.safetensors in one folder, or
+one file NAME.safetensors with the same configuration in its metadata. docs/format.md describes both.
+"""
 
+import hashlib
 import json
+import math
 import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from onejump import __version__
-from onejump.checkpoint import file_sha256, why_not_written
+from onejump.checkpoint import why_not_written
 from onejump.config import Network, OneJump
 from onejump.config_json import from_json, to_json
 from onejump.model import ConsistencyModel
 from onejump.precond import EDM
 from onejump.samplers import Sampler
+from onejump.tensor_file import MAX_HEADER, Entry, open_tensors, write_tensors
 from onejump.types import UserError
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, SINGLE = "config.json", "model.safetensors", ".safetensors"
+KEY, KEY_SHA256 = "onejump", "onejump_sha256"  # of the metadata of a single file: the configuration, and its checksum
+FORMAT = 2  # 1 knew no licence and no ema
 
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A model with its sampler's defaults, the images it makes, and where it came from."""
+    """A model with its sampler's defaults, the images it makes, and where it came from.
+
+    licence: of the weights. ema: which average of the weights of training these are, such as "constant 0.9999".
+    """
 
     model: ConsistencyModel
     network: Network
@@ -31,32 +44,73 @@ class SavedModel:
     shape: tuple[int, int, int]
     class_names: tuple[str, ...] = ()
     provenance: dict[str, Any] = field(default_factory=dict)
+    licence: str = ""
+    ema: str = ""
 
 
-def save_model(folder: Path, saved: SavedModel) -> None:
-    """Writes the folder; config.json, with the checksum of the weights, comes last. Raises UserError if it cannot."""
-    weights = {name: value.detach().cpu().contiguous() for name, value in saved.model.net.state_dict().items()}
-    draft = folder / f".{WEIGHTS}"
+def save_model(path: str | Path, saved: SavedModel, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Writes a folder, or a single file if the path ends in .safetensors. Raises UserError if it cannot.
+
+    weights: what to write in place of the network's own, which may then be on the meta device; their names and shapes
+    must be the network's. Either way they are written one by one, in the precision they have, and the memory of one is
+    all that is needed. In a folder config.json, with the checksum of the weights, comes last.
+    """
+    path = Path(path)
+    single = path.suffix == SINGLE
+    file = path if single else path / WEIGHTS
+    if weights is None:
+        weights = saved.model.net.state_dict()
+        if any(tensor.is_meta for tensor in weights.values()):
+            raise UserError(f"{path}: this network is on the meta device and has no weights; give them")
+    check_fit(weights, saved.model.net)
+    content = _config(saved)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(weights, draft)
-        _put_in_place(draft, folder / WEIGHTS)
-        content = {
-            "format": 1,
-            "onejump": __version__,
-            "network": to_json(saved.network),
-            "precond": to_json(saved.model.precond),
-            "jump": to_json(saved.model.jump),
-            "t_min": saved.model.t_min,
-            "sampler": to_json(saved.sampler),
-            "shape": list(saved.shape),
-            "class_names": list(saved.class_names),
-            "provenance": saved.provenance,
-            "sha256": file_sha256(folder / WEIGHTS),
-        }
-    except (OSError, SafetensorError) as error:
-        raise not_written(folder / WEIGHTS, error) from error
-    write_json(folder / CONFIG, content)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        sha256 = write_tensors(file, weights, (lambda digest: _metadata(content, digest)) if single else None)
+    except OSError as error:
+        raise not_written(file, error) from error
+    if not single:
+        write_json(path / CONFIG, content | {"sha256": sha256})
+
+
+def check_fit(weights: Mapping[str, Tensor | Entry], net: nn.Module) -> None:
+    """Raises UserError with the first weight that is missing, not of the network's shape and kind, or unknown to it."""
+    wanted = net.state_dict()
+    for name, ours in wanted.items():
+        if name not in weights:
+            raise UserError(f"weights: {name} is missing")
+        found = weights[name]
+        if tuple(found.shape) != tuple(ours.shape):
+            raise UserError(f"weights: {name} is {tuple(found.shape)}, the network's {tuple(ours.shape)}")
+        if found.dtype != ours.dtype and not (found.dtype.is_floating_point and ours.dtype.is_floating_point):
+            raise UserError(f"weights: {name} is {found.dtype}, the network's {ours.dtype}")
+    for name in weights:
+        if name not in wanted:
+            raise UserError(f"weights: {name} is none of this network's")
+
+
+def _config(saved: SavedModel) -> dict[str, Any]:
+    """All that config.json holds but the checksum of the weights."""
+    return {
+        "format": FORMAT,
+        "onejump": __version__,
+        "network": to_json(saved.network),
+        "precond": to_json(saved.model.precond),
+        "jump": to_json(saved.model.jump),
+        "t_min": saved.model.t_min,
+        "sampler": to_json(saved.sampler),
+        "shape": list(saved.shape),
+        "class_names": list(saved.class_names),
+        "licence": saved.licence,
+        "ema": saved.ema,
+        "provenance": saved.provenance,
+    }
+
+
+def _metadata(content: dict[str, Any], sha256: str) -> dict[str, str]:
+    """Of a single file. The checksums are of one length, whatever they are."""
+    text = json.dumps(content | {"sha256": sha256})
+    return {KEY: text, KEY_SHA256: hashlib.sha256(text.encode()).hexdigest()}
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -84,35 +138,122 @@ def not_written(path: Path, error: Exception) -> UserError:
 
 
 def load_model(path: str | Path) -> SavedModel:
-    """A model folder, a stage's folder, or a run's folder (its last finished stage). Nothing is ever unpickled."""
-    folder = model_folder(Path(path))
-    try:
-        content = json.loads((folder / CONFIG).read_bytes())
-        network, precond, jump, sampler = (from_json(content[k]) for k in ("network", "precond", "jump", "sampler"))
-        kinds = isinstance(network, Network), isinstance(precond, EDM), isinstance(jump, OneJump)
-        if not all(kinds) or not isinstance(sampler, Sampler):
-            raise ValueError("network, precond, jump or sampler is not what its field says")
-        shape, names = tuple(content["shape"]), tuple(map(str, content["class_names"]))
-        if len(shape) != 3 or not all(isinstance(side, int) and side > 0 for side in shape):
-            raise ValueError(f"shape {shape}: channels, height and width are needed")
-        if content["sha256"] != file_sha256(folder / WEIGHTS):
+    """A model's folder or single file, a stage's folder, or a run's (its last finished stage). Nothing is unpickled.
+
+    The weights are in memory once, bit for bit and in the precision of the file; the model is in eval mode, on the CPU.
+    Raises UserError for what is no model, or a damaged one.
+    """
+    place = _place(Path(path))
+    with _explained(place):
+        single = place.is_file()
+        content = _content(place)
+        saved = _rebuilt(content)
+        file = open_tensors(place if single else place / WEIGHTS)
+        check_fit(file.entries, saved.model.net)
+        tensors, sha256 = file.load(file.plain if single else file.raw)
+        if content["sha256"] != sha256:
             raise ValueError(
-                f"the checksum of {WEIGHTS} is not the one in {CONFIG}; copy both again or, in a run's folder, delete "
-                "the stage.json beside them and run the same command again"
+                "the checksum of its weights is not the one it was saved with; copy it again or, in a run's folder, "
+                "delete the stage.json beside it and run the same command again"
             )
-        two_times = network.second_time != "off"
-        model = ConsistencyModel(network.build(), precond, jump, float(content["t_min"]), two_times)
-        model.net.load_state_dict(load_file(folder / WEIGHTS))
-        return SavedModel(model.eval().requires_grad_(False), network, sampler, shape, names, content["provenance"])
-    except (OSError, KeyError, TypeError, ValueError, ArithmeticError, RuntimeError, SafetensorError) as error:
-        reason = f"{CONFIG} has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise UserError(f"{folder}: this model cannot be read ({reason[:400]})") from error
+        saved.model.net.load_state_dict(tensors, assign=True)
+        assert not any(buffer.is_meta for buffer in saved.model.buffers()), "a buffer that the file does not hold"
+        saved.model.eval().requires_grad_(False)
+    return saved
+
+
+def model_sha256(path: Path) -> str:
+    """The checksum of the weights that this path means, as they were saved with it (load_model compares them).
+
+    It is the sha256 of model.safetensors, and of a single file what it would be in a folder.
+    """
+    place = _place(path)
+    with _explained(place):
+        return str(_content(place)["sha256"])
+
+
+def _place(path: Path) -> Path:
+    return path if path.is_file() else model_folder(path)
+
+
+def _content(place: Path) -> dict[str, Any]:
+    """The configuration of a model's folder or single file."""
+    if not place.is_file():
+        with open(place / CONFIG, "rb") as file:
+            text = file.read(MAX_HEADER + 1)
+        if len(text) > MAX_HEADER:
+            raise ValueError(f"{CONFIG} is longer than {MAX_HEADER:,} bytes")
+        return json.loads(text)
+    metadata = open_tensors(place).metadata
+    if KEY not in metadata:
+        raise ValueError(
+            f"no {KEY!r} in its metadata: a published model has to be imported first; for the weights of a folder with "
+            f"{CONFIG}, name the folder"
+        )
+    if hashlib.sha256(metadata[KEY].encode()).hexdigest() != metadata.get(KEY_SHA256):
+        raise ValueError("the checksum of its configuration is wrong; copy it again")
+    return json.loads(metadata[KEY])
+
+
+def _rebuilt(content: dict[str, Any]) -> SavedModel:
+    """The model that a configuration describes, its network on the meta device."""
+    if content["format"] not in range(1, FORMAT + 1):
+        raise ValueError(f"format {content['format']!r}, this version reads 1 to {FORMAT}; install a newer onejump")
+    network, precond, jump, sampler = (from_json(content[k]) for k in ("network", "precond", "jump", "sampler"))
+    kinds = isinstance(network, Network), isinstance(precond, EDM), isinstance(jump, OneJump)
+    if not all(kinds) or not isinstance(sampler, Sampler):
+        raise ValueError("network, precond, jump or sampler is not what its field says")
+    shape, names = tuple(content["shape"]), tuple(map(str, content["class_names"]))
+    if len(shape) != 3 or not all(isinstance(side, int) and side > 0 for side in shape):
+        raise ValueError(f"shape {shape}: channels, height and width are needed")
+    t_min, provenance = float(content["t_min"]), dict(content["provenance"])
+    if not 0 <= t_min < math.inf:
+        raise ValueError(f"t_min {t_min:g}: a time, 0 or more, is needed")
+    licence, ema = (str(content.get(key, "")) for key in ("licence", "ema"))
+    model = ConsistencyModel(empty_network(network), precond, jump, t_min, network.second_time != "off")
+    return SavedModel(model, network, sampler, shape, names, provenance, licence, ema)
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Weights get no memory, and what would be drawn at random no values; the few constants are computed.
+
+    With torch.device("meta") instead, torch would import its compiler to compute those, for seconds.
+    """
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty:  # of torch's layers
+            return func(*args, **kwargs | {"device": "meta"})
+        if func is nn.init.normal_:
+            return kwargs["tensor"]
+        return (torch.empty if func in (torch.randn, torch.rand) else func)(*args, **kwargs)
+
+
+def empty_network(network: Network) -> nn.Module:
+    """The network on the meta device: names, shapes and kinds of its weights, and no memory for them."""
+    with _NothingDrawn():
+        net = network.build()
+    return net.to("meta")
+
+
+@contextmanager
+def _explained(place: Path) -> Iterator[None]:
+    """Whatever is wrong with a model becomes one line that names it."""
+    try:
+        yield
+    except (OSError, KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        reason = f"its configuration has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise UserError(f"{place}: this model cannot be read ({reason[:400]})") from error
 
 
 def model_folder(path: Path) -> Path:
     """Where the model lies that this path means. Raises UserError with what was looked for."""
     if not path.exists():
-        raise UserError(f"{path}: no such file or folder; a model is a folder with {CONFIG}, or a run's folder")
+        raise UserError(
+            f"{path}: no such file or folder; a model is a folder with {CONFIG}, a file *{SINGLE}, or a run's folder"
+        )
     for folder in (path, path / "model"):
         if (folder / CONFIG).is_file():
             return folder
@@ -129,12 +270,3 @@ def _stages(recipe: Path) -> list[str]:
         return [str(name) for name in json.loads(recipe.read_bytes())["stages"]] if recipe.is_file() else []
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{recipe}: cannot be read; name the folder of one stage") from error
-
-
-def model_sha256(path: Path) -> str:
-    """The checksum of the weights that this path means, as their config.json has it (load_model compares them)."""
-    file = model_folder(path) / CONFIG
-    try:
-        return str(json.loads(file.read_bytes())["sha256"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: this model cannot be read") from error

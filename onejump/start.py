@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,4 +141,10 @@ def starting_model(recipe: Recipe, name: str, start: Start) -> ConsistencyModel:
 def starts_from(network: Network, source: Network) -> bool:
     """Whether the weights of one are weights of the other, which may read a second time in addition."""
     adds = source.second_time == "off" or network.second_time != "off"
-    return adds and replace(network, second_time="off", dropout=0.0) == replace(source, second_time="off", dropout=0.0)
+    return adds and _weights(network) == _weights(source)
+
+
+def _weights(network: Network) -> dict[str, Any]:
+    """What decides which weights the network has, and what they mean, besides those of the second time."""
+    others = ("second_time", "dropout", "dropout_resolution")
+    return {"type": type(network)} | {f.name: getattr(network, f.name) for f in fields(network) if f.name not in others}

@@ -25,6 +25,7 @@ from onejump.data.image_set import ImageSet
 from onejump.methods.base import Nets, Stats
 from onejump.metrics_log import Progress, RunLog
 from onejump.model import ConsistencyModel
+from onejump.networks.magnitude import normalize_weights
 from onejump.run_state import Run
 from onejump.types import Cond, Samples, UserError
 
@@ -101,6 +102,7 @@ def train(
             began = time.perf_counter()
             x0, cond = data.batch(run.step, stage.batch // world, seed, rank, world, device)
             run.set_rate(stage.rate.rate(run.step, (run.step - first_step) / stage.steps))
+            normalize_weights(nets.student)  # of EDM2's network; here, so that the EMA has them as the steps left them
             seed_of = functools.partial(mix, seed, run.step, rank)
             loss, stats = accumulate(stage, nets, x0, cond, run.step, last_step, seed_of, run.scaler)
             run.scaler.unscale_(run.trained)

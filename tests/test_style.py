@@ -32,7 +32,7 @@ alignment_page
 samplers
 methods
 config generate metrics_log
-fit config_json
+fit config_json cost
 overrides saved recipes estimate run_state run_folder
 importers exporters hub
 train evaluate report_charts run_record

@@ -1,37 +1,56 @@
-"""ADM (Dhariwal & Nichol 2021) as built by EDM (Karras et al. 2022): the U-Net of EDM, CM and iCT on ImageNet 64x64.
+"""ADM (Dhariwal & Nichol 2021): the U-Net of EDM, CM, iCT and CTM on ImageNet 64x64, and of CM on LSUN 256x256.
 
-    embedding  of c_noise and cond; in every block it scales and shifts the normalised maps
+    embedding  of c_noise and cond; in every block it scales and shifts the normalised maps, or is added before
     encoder    conv, then for each level: halve the resolution (not at the first), num_blocks blocks; all maps are kept
     decoder    two blocks at the lowest level, then for each level, lowest first: double the resolution (not at the
                first), num_blocks + 1 blocks, each of which also reads the newest map still kept
 
 With a second time (CTM, Kim et al. 2024) a twin of the embedding, of c_noise_s and cond, is added in every block.
 
-The names of parameters and buffers are those of EDM's state dicts, and CTM's where there is a second time.
+The names of parameters and buffers are those of EDM's state dicts, and CTM's where there is a second time. OpenAI's
+network is this one with other names, another order of the rows of qkv, and the options that say OpenAI.
 """
 
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal
 
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import silu
 
 from onejump.networks.layers import (
     Dropout,
     SecondTime,
+    check_choice,
     check_second_time,
     embeds_second_time,
     label_vectors,
     sinusoidal,
 )
-from onejump.networks.song_unet import Embedding, Maps, double, halve, unchanged
+from onejump.networks.unet_parts import (
+    ConvResample,
+    Embedding,
+    L,
+    Maps,
+    Resample,
+    check_images,
+    check_levels,
+    decode,
+    double,
+    group_norm,
+    halve,
+    levels,
+    resolutions,
+    self_attention,
+    smoothing,
+)
 from onejump.types import Cond, DropoutKey, Times, UserError
 
-L = TypeVar("L", nn.Linear, nn.Conv2d)
-HEAD = 64  # channels of an attention head
+EPS = 1e-5  # of the normalisation
+# block: a block whose maps are resampled after its first silu; conv: a convolution alone
+Resampling = Literal["block", "conv"]
 
 
 @dataclass(frozen=True)
@@ -49,36 +68,34 @@ class ADMUNetConfig:
     dropout_resolution: int = 0  # the highest resolution with dropout, 0 = all; iCT and ECT: 16
     scale_shift: bool = True  # the embedding scales and shifts the normalised maps; iCT: False, it is added before
     second_time: SecondTime = "off"  # whether F also reads c_noise_s, and how that embedding starts
+    augment_dim: int = 0  # number of EDM's augmentation labels
+    head_channels: int = 64  # channels of an attention head
+    min_group: int = 4  # at most 32 normalisation groups, of at least so many channels; OpenAI: 1
+    noise_scale: float = 1.0  # c_noise is multiplied by it; OpenAI: 1000
+    label_at_s: bool = True  # the label is embedded beside s too; CTM on OpenAI's network: False
+    resample: Resampling = "block"  # OpenAI without resblock_updown: "conv"
 
     def __post_init__(self) -> None:
-        step = 2 ** (len(self.channel_mult) - 1)
-        if self.img_resolution % step:
-            raise UserError(
-                f"img_resolution={self.img_resolution}: channel_mult={self.channel_mult} has {len(self.channel_mult)} "
-                f"levels and needs a multiple of {step}; resize the images or use fewer levels"
-            )
-        if not set(self.attn_resolutions) <= set(self.resolutions):
-            raise UserError(f"attn_resolutions={self.attn_resolutions}: pick from this network's {self.resolutions}")
+        check_levels(self.img_resolution, self.model_channels, self.channel_mult, self.attn_resolutions)
+        check_choice("resample", self.resample, Resampling)
         if self.dropout_resolution not in (0, *self.resolutions):
             raise UserError(
                 f"dropout_resolution={self.dropout_resolution}: pick 0 (dropout everywhere) or one of this network's "
                 f"{self.resolutions}"
             )
-        if self.model_channels % 4:
-            raise UserError(f"model_channels={self.model_channels}: a multiple of 4 is needed")
+        for field, value in (("head_channels", self.head_channels), ("min_group", self.min_group)):
+            if value < 1:
+                raise UserError(f"{field}={value}: a number of channels is needed, 1 or more")
 
     @property
     def resolutions(self) -> tuple[int, ...]:
         """Side of the feature maps at each level, the image's own first."""
-        return tuple(self.img_resolution >> level for level in range(len(self.channel_mult)))
+        return resolutions(self.img_resolution, self.channel_mult)
 
     @property
     def levels(self) -> tuple[tuple[int, int, bool], ...]:
         """(resolution, channels, has attention) of each level, the image's own first."""
-        return tuple(
-            (res, self.model_channels * mult, res in self.attn_resolutions)
-            for res, mult in zip(self.resolutions, self.channel_mult, strict=True)
-        )
+        return levels(self.img_resolution, self.model_channels, self.channel_mult, self.attn_resolutions)
 
     def dropout_at(self, res: int) -> float:
         """The probability of dropout in blocks whose maps have side res."""
@@ -91,9 +108,9 @@ class ADMUNetConfig:
 
 def zero(layer: L) -> L:
     """Initialise a layer to zero. All others start as torch's: uniform on +-1 / sqrt(fan_in), biases too."""
-    assert layer.bias is not None
     nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
     return layer
 
 
@@ -101,15 +118,9 @@ def conv3(c_in: int, c_out: int) -> nn.Conv2d:
     return nn.Conv2d(c_in, c_out, 3, padding=1)
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """min(32, channels / 4) groups as in EDM, or the next smaller number that divides the channels."""
-    groups = next(g for g in range(min(32, channels // 4), 0, -1) if channels % g == 0)
-    return nn.GroupNorm(groups, channels, eps=1e-5)
-
-
-def attention_heads(channels: int) -> int:
-    """One head for every 64 channels as in EDM, at least one, or the next smaller number that divides the channels."""
-    return next(n for n in range(max(channels // HEAD, 1), 0, -1) if channels % n == 0)
+def attention_heads(channels: int, head_channels: int) -> int:
+    """One head for every head_channels, at least one, or the next smaller number that divides the channels."""
+    return next(n for n in range(max(channels // head_channels, 1), 0, -1) if channels % n == 0)
 
 
 class Block(nn.Module):
@@ -126,32 +137,32 @@ class Block(nn.Module):
         c_in: int,
         c_out: int,
         attention: bool = False,
-        resample: Callable[[Maps], Maps] = unchanged,
+        resample: Resample | None = None,
     ):
         super().__init__()
         emb, modulation = 4 * config.model_channels, 2 * c_out if config.scale_shift else c_out
         self.resample, self.scale_shift = resample, config.scale_shift
-        self.norm0 = group_norm(c_in)
+        self.norm0 = group_norm(c_in, EPS, config.min_group)
         self.conv0 = conv3(c_in, c_out)
         self.affine = nn.Linear(emb, modulation)
         self.affine_s = nn.Linear(emb, modulation) if embeds_second_time(config.second_time) else None
         if self.affine_s is not None and config.second_time == "zero":
             zero(self.affine_s)
-        self.norm1 = group_norm(c_out)
+        self.norm1 = group_norm(c_out, EPS, config.min_group)
         self.dropout = Dropout(config.dropout_at(res), layer)
         self.conv1 = zero(conv3(c_out, c_out))
         self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
-        if resample is not unchanged:  # never read; EDM's state dicts hold these constants, and load strictly
+        if resample is not None:  # two of them, since EDM's state dicts hold two and load strictly
             for module in (self.conv0, self.skip):
-                module.register_buffer("resample_filter", torch.full((1, 1, 2, 2), 0.25))
-        self.heads = attention_heads(c_out) if attention else 0
+                module.register_buffer("resample_filter", smoothing(1, 1))
+        self.heads = attention_heads(c_out, config.head_channels) if attention else 0
         if attention:
-            self.norm2 = group_norm(c_out)
+            self.norm2 = group_norm(c_out, EPS, config.min_group)
             self.qkv = nn.Conv2d(c_out, 3 * c_out, 1)
             self.proj = zero(nn.Conv2d(c_out, c_out, 1))
 
     def forward(self, x: Maps, emb: Embedding, emb_s: Embedding | None, key: DropoutKey) -> Maps:
-        h = self.conv0(self.resample(silu(self.norm0(x))))
+        h = self.conv0(self.resampled(silu(self.norm0(x))))
         modulation = self.affine(emb)
         if self.affine_s is not None:
             modulation = modulation + self.affine_s(emb_s)
@@ -162,16 +173,15 @@ class Block(nn.Module):
         else:
             h = self.norm1(h + modulation)
         h = self.conv1(self.dropout(silu(h), key))
-        x = self.skip(self.resample(x)) + h
+        x = self.skip(self.resampled(x)) + h
         return x + self.attend(x) if self.heads else x
 
+    def resampled(self, x: Maps) -> Maps:
+        return x if self.resample is None else self.resample(x, self.conv0.get_buffer("resample_filter"))
+
     def attend(self, x: Maps) -> Maps:
-        """Each head over all pixels. The rows of qkv are, head by head, (q, k, v) of channel 0, of channel 1, ..."""
-        b, c, height, width = x.shape
-        qkv = self.qkv(self.norm2(x)).view(b, self.heads, c // self.heads, 3, height * width)
-        q, k, v = qkv.transpose(2, 4).contiguous().unbind(3)  # each [b, head, pixel, channel]
-        a = scaled_dot_product_attention(q, k, v)
-        return self.proj(a.transpose(2, 3).reshape(b, c, height, width))
+        """Each head over all pixels."""
+        return self.proj(self_attention(self.qkv(self.norm2(x)), self.heads))
 
 
 class ADMUNet(nn.Module):
@@ -181,6 +191,7 @@ class ADMUNet(nn.Module):
         super().__init__()
         self.config = config
         c, emb = config.model_channels, 4 * config.model_channels
+        self.map_augment = zero(nn.Linear(config.augment_dim, c, bias=False)) if config.augment_dim else None
         self.map_layer0 = nn.Linear(c, emb)
         self.map_layer1 = nn.Linear(emb, emb)
         self.map_label = nn.Linear(config.label_dim, emb, bias=False) if config.label_dim else None
@@ -192,13 +203,15 @@ class ADMUNet(nn.Module):
         layers = itertools.count()  # numbers the dropout layers
 
         def block(
-            res: int, c_in: int, c_out: int, attention: bool = False, resample: Callable[[Maps], Maps] = unchanged
-        ) -> Block:
+            res: int, c_in: int, c_out: int, attention: bool = False, resample: Resample | None = None
+        ) -> Block | ConvResample:
+            if resample is not None and config.resample == "conv":
+                return ConvResample(c_in, up=resample is double)
             return Block(config, next(layers), res, c_in, c_out, attention, resample)
 
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
         last = self._fill_decoder(block, self._fill_encoder(block))
-        self.out_norm = group_norm(last)
+        self.out_norm = group_norm(last, EPS, config.min_group)
         self.out_conv = zero(conv3(last, config.img_channels))
 
     @property
@@ -206,7 +219,7 @@ class ADMUNet(nn.Module):
         """The weight of the last layer."""
         return self.get_parameter("out_conv.weight")
 
-    def _fill_encoder(self, block: Callable[..., Block]) -> list[int]:
+    def _fill_encoder(self, block: Callable[..., Block | ConvResample]) -> list[int]:
         """Returns the channels of the maps that the decoder will read, oldest first."""
         kept: list[int] = []
         for res, width, attention in self.config.levels:
@@ -221,7 +234,7 @@ class ADMUNet(nn.Module):
                 kept.append(width)
         return kept
 
-    def _fill_decoder(self, block: Callable[..., Block], kept: list[int]) -> int:
+    def _fill_decoder(self, block: Callable[..., Block | ConvResample], kept: list[int]) -> int:
         """Returns the channels of the last maps."""
         last = kept[-1]
         for res, width, attention in reversed(self.config.levels):
@@ -238,46 +251,44 @@ class ADMUNet(nn.Module):
     def forward(
         self, x: Maps, c_noise: Times, c_noise_s: Times | None = None, cond: Cond = None, key: DropoutKey = None
     ) -> Maps:
-        """F(x; c_noise, c_noise_s, cond). cond: int64 [b] classes or float [b, label_dim]; key: see keyed_dropout.
+        """F(x; c_noise, c_noise_s, cond). key: see keyed_dropout.
 
+        cond: int64 [b] classes or float [b, label_dim + augment_dim]; classes mean augmentation labels 0.
         Raises UserError if the images, the labels or the number of times do not fit the configuration.
         """
         config = self.config
         check_second_time(c_noise_s, config.second_time, "ADMUNet")
-        if x.shape[1:] != (config.img_channels, config.img_resolution, config.img_resolution):
-            raise UserError(
-                f"images of shape {tuple(x.shape[1:])}: this network has img_channels={config.img_channels}, "
-                f"img_resolution={config.img_resolution}"
-            )
-        labels = label_vectors(cond, config.label_dim, x)
-        emb, emb_s = self.embed(c_noise, labels), None
-        if c_noise_s is not None:
-            emb_s = self.embed_s(c_noise_s, labels)
+        check_images(x, config.img_channels, config.img_resolution)
+        labels = label_vectors(cond, config.label_dim, x, config.augment_dim)
+        emb = self.embed(c_noise, labels)
+        emb_s = None if c_noise_s is None else self.embed_s(c_noise_s, labels)
         first, *blocks = self.enc.values()
         kept = [first(x)]
         for block in blocks:
             kept.append(block(kept[-1], emb, emb_s, key))
-        x = kept[-1]
-        for name, block in self.dec.items():
-            if "_block" in name:  # in0, in1 and up read no kept map
-                x = torch.cat([x, kept.pop()], dim=1)
-            x = block(x, emb, emb_s, key)
-        return self.out_conv(silu(self.out_norm(x)))
+        return self.out_conv(silu(self.out_norm(decode(self.dec.items(), kept, emb, emb_s, key))))
 
     def embed(self, c_noise: Times, labels: Embedding) -> Embedding:
         """Embedding of noise level and label: a two-layer MLP of the one, plus a linear map of the other."""
-        return self.with_label(self.map_layer1(silu(self.map_layer0(self.features(c_noise, labels)))), labels)
+        return silu(self.with_label(self.map_layer1(silu(self.map_layer0(self.features(c_noise, labels)))), labels))
 
     def embed_s(self, c_noise_s: Times, labels: Embedding) -> Embedding:
-        """Embedding of the second time and the label: an MLP of its own, the same map of the label."""
+        """Embedding of the second time, by an MLP of its own, and of the label, by the same map, if label_at_s."""
         assert self.map_layer0_s is not None and self.map_layer1_s is not None
-        return self.with_label(self.map_layer1_s(silu(self.map_layer0_s(self.features(c_noise_s, labels)))), labels)
+        emb = self.map_layer1_s(silu(self.map_layer0_s(self.features(c_noise_s, labels))))
+        return silu(self.with_label(emb, labels) if self.config.label_at_s else emb)
 
     def with_label(self, emb: Embedding, labels: Embedding) -> Embedding:
-        return silu(emb if self.map_label is None else emb + self.map_label(labels))
+        return emb if self.map_label is None else emb + self.map_label(labels[:, : self.config.label_dim])
 
-    def features(self, c_noise: Times, like: Embedding) -> Embedding:
-        """[cos(w c_noise), sin(w c_noise)] in the dtype of `like`: angular frequencies w from 1 down, 1e-4 left out."""
+    def features(self, c_noise: Times, labels: Embedding) -> Embedding:
+        """[cos(w c_noise), sin(w c_noise)], plus a linear map of the augmentation labels.
+
+        The angular frequencies w go from noise_scale down by a factor 1e4, which is left out.
+        """
         n = self.config.model_channels // 2
         w = torch.logspace(0, -4, n + 1, dtype=c_noise.dtype, device=c_noise.device)[:n]
-        return sinusoidal(c_noise, w).to(like.dtype).roll(n, dims=1)
+        features = sinusoidal(self.config.noise_scale * c_noise, w).to(labels.dtype).roll(n, dims=1)
+        if self.map_augment is not None:
+            features = features + self.map_augment(labels[:, self.config.label_dim :])
+        return features

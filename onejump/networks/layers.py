@@ -1,11 +1,12 @@
 """What the networks share: dropout whose mask is a function of a key, and the embeddings of noise level and label."""
 
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from onejump.types import Cond, DropoutKey, Samples, Times, UserError
 
@@ -78,31 +79,40 @@ def sinusoidal(c_noise: Times, frequencies: Float[Tensor, " n"]) -> Float[Tensor
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
-def label_vectors(cond: Cond, label_dim: int, x: Samples) -> Float[Tensor, "b d"]:
-    """cond as one float vector a sample, on x's device and in its dtype.
+def label_vectors(cond: Cond, label_dim: int, x: Samples, augment_dim: int = 0) -> Float[Tensor, "b d"]:
+    """cond as one float vector a sample, label_dim numbers and then augment_dim, on x's device and in its dtype.
 
     int64 [b] class labels become one-hot vectors (all zero for a class outside [0, label_dim): looking would stall the
-    device), float [b, label_dim] vectors are taken as they are, None becomes zeros: "no label".
+    device), float [b, label_dim + augment_dim] vectors are taken as they are, None becomes zeros: "no label". Classes,
+    and vectors [b, label_dim], have the augmentation labels 0: "not augmented".
     Raises UserError where the shape of cond does not fit the network.
     """
+    n, width = x.shape[0], label_dim + augment_dim
     if cond is None:
-        return x.new_zeros(len(x), label_dim)
-    if label_dim == 0:
+        return x.new_zeros(n, width)
+    if width == 0:
         raise UserError("cond: labels were given to a network without classes (label_dim=0); pass cond=None")
-    if cond.shape == (len(x),) and not cond.is_floating_point():
-        return (cond[:, None] == torch.arange(label_dim, device=x.device)).to(x.dtype)
-    if cond.shape == (len(x), label_dim) and cond.is_floating_point():
-        return cond.to(x)
+    fits = cond.shape[:1] == (n,)
+    if fits and cond.ndim == 1 and not cond.is_floating_point() and label_dim:
+        cond = (cond[:, None] == torch.arange(label_dim, device=x.device)).to(x.dtype)
+    if fits and cond.ndim == 2 and cond.is_floating_point() and cond.shape[1] in (label_dim, width):
+        return pad(cond.to(x), (0, width - cond.shape[1]))
     raise UserError(
-        f"cond: {cond.dtype} of shape {tuple(cond.shape)} does not fit; pass int64 [{len(x)}] class labels or "
-        f"float [{len(x)}, {label_dim}] vectors"
+        f"cond: {cond.dtype} of shape {tuple(cond.shape)} does not fit; pass "
+        + (f"int64 [{n}] class labels or " if label_dim else "")
+        + f"float [{n}, {width}] vectors"
     )
+
+
+def check_choice(field: str, value: str, choices: Any) -> None:
+    """Raise UserError if the value of a field is none of those that its type, a Literal, names."""
+    if value not in get_args(choices):
+        raise UserError(f"{field}={value!r}: pick from {', '.join(get_args(choices))}")
 
 
 def embeds_second_time(second_time: SecondTime) -> bool:
     """Whether a network with this field reads c_noise_s. Raises UserError if the field holds anything else."""
-    if second_time not in get_args(SecondTime):
-        raise UserError(f"second_time={second_time!r}: pick from {', '.join(get_args(SecondTime))}")
+    check_choice("second_time", second_time, SecondTime)
     return second_time != "off"
 
 

@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from onejump.networks import ADMUNetConfig
-from onejump.networks.adm_unet import Block, attention_heads, group_norm
+from onejump.networks.adm_unet import Block, attention_heads
 from onejump.networks.layers import Dropout
+from onejump.networks.unet_parts import group_norm
 from onejump.types import UserError
 
 TINY = ADMUNetConfig(8, 1, 10, 32, (1, 2), 1, (4,), dropout=0.3)
@@ -102,7 +103,7 @@ def test_variants_have_their_papers_sizes(change, count):
     [(16, 4, 1), (32, 8, 1), (96, 24, 1), (144, 24, 2), (192, 32, 3), (200, 25, 2), (384, 32, 6), (768, 32, 12)],
 )
 def test_norms_and_heads_are_edms_where_they_divide_the_channels(channels, groups, heads):
-    assert group_norm(channels).num_groups == groups and attention_heads(channels) == heads
+    assert group_norm(channels, 1e-5).num_groups == groups and attention_heads(channels, 64) == heads
 
 
 def test_each_head_attends_with_its_own_rows_of_qkv():

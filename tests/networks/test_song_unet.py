@@ -4,10 +4,10 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
-from network_setup import DIGITS, GOLDEN, batch, golden, lively, recipe, relative_error, with_recipe_weights
+from network_setup import DIGITS, GOLDEN, batch, golden, lively, relative_error, with_recipe_weights
 
 from onejump.networks import SongUNetConfig
-from onejump.networks.song_unet import group_norm
+from onejump.networks.unet_parts import group_norm
 from onejump.types import UserError
 
 GOLDEN_CONFIG = {"img_resolution": 16, "model_channels": 16, "channel_mult": (2, 2), "num_blocks": 2, "dropout": 0.0}
@@ -34,16 +34,6 @@ def test_gradients_equal_edms():
     assert ((norms - z["grad/_all_norm"]) / norms).abs().max() < 1e-5
 
 
-def test_labelled_output_equals_edms():
-    """EDM's augmentation labels enter as further label columns: both are linear maps added to the noise embedding."""
-    z = golden("songunet_cond.npz")
-    net = with_recipe_weights(SongUNetConfig(attn_resolutions=(8,), label_dim=19, **GOLDEN_CONFIG).build()).double()
-    columns = [recipe("map_label.weight", (16, 10)).double() * 10**0.5, recipe("map_augment.weight", (16, 9)).double()]
-    net.map_label.weight.data = torch.cat(columns, 1) / 19**0.5
-    labels = torch.cat([z["in/labels"], z["in/augment_labels"]], 1).double()
-    assert relative_error(net(z["in/x"].double(), z["in/c_noise"].double(), cond=labels), z["out/net_f64"]) < 1e-10
-
-
 def test_state_dict_of_the_cifar10_network_is_edms():
     with torch.device("meta"):
         net = SongUNetConfig().build()
@@ -55,11 +45,12 @@ def test_state_dict_of_the_cifar10_network_is_edms():
 
 @pytest.mark.parametrize("channels, groups", [(16, 4), (48, 12), (128, 32), (256, 32), (144, 24)])
 def test_norm_has_edms_groups_where_they_divide_the_channels(channels, groups):
-    assert group_norm(channels).num_groups == groups
+    assert group_norm(channels, 1e-6).num_groups == groups
 
 
-def test_initial_weights_are_xavier_uniform_with_edms_gains():
-    net = SongUNetConfig(8, 1, 0, 64, (2, 2), 1, (8, 4)).build()
+@pytest.mark.parametrize("variant", ["ddpmpp", "ncsnpp"])
+def test_initial_weights_are_xavier_uniform_with_edms_gains(variant):
+    net = SongUNetConfig(8, 1, 10, 64, (2, 2), 1, (8, 4), variant=variant, augment_dim=9).build()
     gains = {"conv1": 1e-5, "proj": 1e-5, "dec.8x8_aux_conv": 1e-5, "qkv": 0.2**0.5}
     for name, p in net.named_parameters():
         layer, _, leaf = name.rpartition(".")

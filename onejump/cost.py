@@ -1,0 +1,154 @@
+"""What a network costs, found without running it: parameters, FLOPs and memory, counted on tensors without data."""
+
+import math
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from onejump.config import Network
+from onejump.networks.mlp import MLPConfig
+
+TRAINED_COPIES = 5  # weights, gradients, Adam's two moments, EMA
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a network with float32 weights, and of its passes over `batch` images; all memory in bytes.
+
+    flops: of one pass over one image. A multiply-add counts as 2; only matrix products and convolutions count.
+    maps: the most that a pass without gradients holds at once besides the weights, workspaces of kernels left out.
+    kept: what a pass in training keeps for its backward pass besides the weights.
+    """
+
+    batch: int
+    parameters: int
+    weights: int
+    flops: int
+    maps: int
+    kept: int
+
+    @property
+    def sampling(self) -> int:
+        return self.weights + self.maps
+
+    @property
+    def training(self) -> int:
+        return TRAINED_COPIES * self.weights + self.kept
+
+
+def cost_of(network: Network, batch: int) -> Cost:
+    """Counts on tensors without data, as a CPU would lay them out.
+
+    Attention keeps no matrix of weights, as the fused kernels of real devices; its FLOPs are those of its two products.
+    """
+    with FakeTensorMode():
+        net = network.build()
+        with torch.no_grad(), Live() as live:
+            _pass(net.eval(), network, batch)
+        kept: dict[int, int] = {}
+        with counting_kept(kept, net):
+            out = _pass(net.train(), network, batch)
+        return Cost(
+            batch=batch,
+            parameters=sum(p.numel() for p in net.parameters()),
+            weights=bytes_of(net),
+            flops=flops_of(net, network),
+            maps=live.peak,
+            kept=sum(kept.values()) if out.requires_grad else 0,
+        )
+
+
+def flops_of(net: nn.Module, network: Network) -> int:
+    """Of one pass over one image, on the default device."""
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        _pass(net, network, 1)
+    return counter.get_total_flops()
+
+
+def _pass(net: nn.Module, network: Network, batch: int) -> Tensor:
+    """One call, with the arguments that this network wants."""
+    t = torch.ones(batch)
+    cond = torch.zeros(batch, dtype=torch.int64) if network.label_dim else None
+    return net(torch.zeros(batch, *shape_of(network)), t, None if network.second_time == "off" else t, cond)
+
+
+def shape_of(network: Network) -> tuple[int, ...]:
+    """Of one image."""
+    if isinstance(network, MLPConfig):
+        return network.shape
+    return network.img_channels, network.img_resolution, network.img_resolution
+
+
+def bytes_of(net: nn.Module) -> int:
+    """Of its parameters."""
+    return sum(p.numel() * p.element_size() for p in net.parameters())
+
+
+def counting_kept(sizes: dict[int, int], *nets: nn.Module) -> saved_tensors_hooks:
+    """A context that enters into `sizes` the bytes of each storage that autograd keeps, but for the nets' own weights.
+
+    The keys are unique only as long as the graph lives: read the sum before its backward pass.
+    """
+    own = {w.untyped_storage()._cdata for net in nets for part in (net.parameters(), net.buffers()) for w in part}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            sizes[storage._cdata] = storage.nbytes()
+        return tensor
+
+    return saved_tensors_hooks(count, lambda tensor: tensor)
+
+
+class Live(TorchDispatchMode):
+    """Follows the bytes of all tensors made inside this context; `peak` is the most that lived at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+        for tensor in _tensors(out):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._known | given:
+                self._enter(storage)
+        return out
+
+    def _enter(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._leave, key, size)
+
+    def _leave(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def _tensors(tree: Any) -> Iterable[Tensor]:
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def in_words(size: float) -> str:
+    """Bytes as MiB, or GiB from one on."""
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
+
+
+def gflop(flops: int) -> str:
+    """10^9 operations to four digits, never with an exponent."""
+    digits = max(0, 3 - math.floor(math.log10(flops / 1e9))) if flops else 0
+    return f"{flops / 1e9:,.{min(digits, 6)}f}"

@@ -1,0 +1,1 @@
+"""From our format to others: diffusers, ONNX, torch.export."""

@@ -1,0 +1,194 @@
+"""A consistency model as diffusers saves it: a folder with model_index.json, unet/ and scheduler/.
+
+unet is a UNet2DModel in the form of OpenAI's ADM (such as openai/diffusers-cd_imagenet64_l2), or one of our networks as
+exporters/diffusers_folder.py writes it, beside onejump.json with what diffusers has no place for.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from onejump.checkpoint import file_sha256
+from onejump.config_json import from_json
+from onejump.importers.arguments import MAX_BLOCKS, MAX_LEVELS
+from onejump.importers.diffusers_scheduler import Schedule, read_json, read_schedule
+from onejump.importers.imported import UNKNOWN_LICENCE, Imported, Made, first, fitting, numbered, placed, precision
+from onejump.importers.openai import SECOND, second_time
+from onejump.importers.torch_file import read_torch
+from onejump.networks.adm_unet import ADMUNetConfig
+from onejump.networks.diffusers_config import adm_config, unet_config
+from onejump.networks.diffusers_weights import NOISE_SCALE, REFITTED, renamed
+from onejump.networks.edm2_unet import EDM2UNetConfig
+from onejump.networks.song_unet import SongUNetConfig
+from onejump.precond import EDM
+from onejump.samplers import Multistep
+from onejump.saved import empty_network
+from onejump.tensor_file import open_tensors
+from onejump.types import UserError
+
+INDEX, CONFIG, SCHEDULE = "model_index.json", "config.json", "scheduler/scheduler_config.json"
+OURS, ORIGINAL = "onejump.json", "onejump.safetensors"
+WEIGHTS = "diffusion_pytorch_model"
+PIPELINES = ("ConsistencyModelPipeline", "OneJumpPipeline")
+
+
+class Found(NamedTuple):
+    """The network of a folder. weights: by our names."""
+
+    network: SongUNetConfig | ADMUNetConfig | EDM2UNetConfig
+    weights: dict[str, Tensor | Made]
+    dropped: dict[str, str]
+
+
+def read(path: Path) -> Imported:
+    """The model of a pipeline's folder, or of its unet/ with scheduler/ beside it.
+
+    Raises UserError for other pipelines, schedulers and networks, by name, and for weights that do not fit.
+    """
+    root, unet = _located(path)
+    schedule, sampler, t_min = read_schedule(root / SCHEDULE)
+    config, file = read_json(unet / CONFIG), _weights_file(unet)
+    tensors = _tensors(file)
+    ours = _ours(root / OURS, file)
+    kind = config.get("_class_name")
+    if kind == "UNet2DModel":
+        network, weights, dropped = _unet_2d_model(unet / CONFIG, config, file, tensors, ours)
+    elif kind == "OneJumpUNet":
+        network, weights, dropped = _our_network(unet / CONFIG, config, file, tensors)
+    else:
+        raise UserError(f"{unet / CONFIG}: {kind}; UNet2DModel is read, and what onejump exported")
+    sampler, how = (sampler, "its own") if sampler else _sampler(root, schedule)
+    return Imported(
+        f"diffusers' {kind} with {PIPELINES[0]}",
+        network,
+        fitting(file, weights, network),
+        dropped,
+        schedule.jump,
+        EDM(schedule.sigma_data),
+        sampler,
+        t_min,
+        (network.img_channels, network.img_resolution, network.img_resolution),
+        tuple(map(str, ours.get("class_names", ()))) or numbered(network.label_dim),
+        str(ours.get("licence", UNKNOWN_LICENCE)),
+        str(ours.get("ema", "")),
+        precision(tensors.values()) | _facts(schedule, how),
+    )
+
+
+def _located(path: Path) -> tuple[Path, Path]:
+    """(the pipeline's folder, its unet's)."""
+    folder = path.parent if path.name in (INDEX, CONFIG) else path
+    if (folder / INDEX).is_file():
+        pipeline = read_json(folder / INDEX).get("_class_name")
+        if pipeline not in PIPELINES:
+            raise UserError(f"{folder}: {pipeline}; {PIPELINES[0]} is read, that of consistency models in pixels")
+        return folder, folder / "unet"
+    if (folder / CONFIG).is_file():
+        return folder.absolute().parent, folder
+    raise UserError(f"{path}: no {INDEX} of a pipeline there, nor {CONFIG} of its unet")
+
+
+def _facts(schedule: Schedule, times: str) -> dict[str, str]:
+    known = {"times": times}
+    if schedule.clip_denoised:
+        known["clamping"] = "its scheduler clamps images to [-1, 1] after every step, we after the last"
+    return known
+
+
+def _sampler(root: Path, schedule: Schedule) -> tuple[Multistep, str]:
+    """One and two steps: the published time of the second if the folder's name tells it, else the stock pipeline's."""
+    name = root.resolve().name.removeprefix("diffusers-")
+    published = next((key for key in SECOND if name.startswith(key)), None)
+    if published:
+        return Multistep(schedule.sigma_max, (second_time(published),)), f"as published for {published}"
+    mid = schedule.second_time()
+    return Multistep(schedule.sigma_max, () if mid is None else (mid,)), "of its scheduler, in one and in two steps"
+
+
+def _ours(file: Path, weights: Path) -> dict[str, Any]:
+    """What our exporter added, {} if nothing. Raises UserError if it is of other weights."""
+    if not file.is_file():
+        return {}
+    content = read_json(file)
+    if content.get("sha256") != file_sha256(weights):
+        raise UserError(f"{file}: it is of other weights than {weights}; remove it to read these without")
+    if not isinstance(content.get("class_names"), list):
+        raise UserError(f"{file}: its class_names are no list; remove it to read the rest")
+    return content
+
+
+def _weights_file(unet: Path) -> Path:
+    for name in (f"{WEIGHTS}.safetensors", f"{WEIGHTS}.bin"):
+        if (unet / name).is_file():
+            return unet / name
+    there = sorted(file.name for file in unet.glob("*") if file.suffix in (".safetensors", ".bin", ".json"))
+    raise UserError(f"{unet}: no {WEIGHTS}.safetensors there, only {', '.join(there)}; fetch it, or rename a variant")
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    """Views of the mapped file. Raises UserError for a damaged one."""
+    if file.suffix == ".bin":
+        content = read_torch(file)
+        if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+            raise UserError(f"{file}: no state dict; names and tensors are read")
+        return {str(name): tensor for name, tensor in content.items()}
+    try:
+        names = list(open_tensors(file).entries)
+        with safe_open(file, "pt") as opened:
+            return {name: opened.get_tensor(name) for name in names}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{file}: cannot be read ({' '.join(str(error).split())}); copy it again") from error
+
+
+def _unet_2d_model(
+    config_file: Path, config: dict[str, Any], file: Path, tensors: Mapping[str, Tensor], ours: dict[str, Any]
+) -> Found:
+    try:
+        network = adm_config(config)
+        if ours:
+            network = _exported(network, ours)
+    except UserError as error:
+        raise UserError(f"{config_file}: {error}") from error
+    made: dict[str, Tensor | Made] = {}
+    used, missing, dropped = set(), [], {}
+    for name, entry in renamed(network).items():
+        missing += [theirs for theirs in entry.theirs if theirs not in tensors]
+        if not missing:
+            made[name] = Made(tuple(tensors[theirs] for theirs in entry.theirs), entry.made)
+        used |= set(entry.theirs)
+    if missing:
+        raise UserError(f"{file}: no {first(missing)}, which its {CONFIG} asks for")
+    strangers = [name for name in tensors if name not in used]
+    if strangers:
+        raise UserError(f"{file}: {first(strangers)} have no place in what its {CONFIG} describes")
+    if network.noise_scale != NOISE_SCALE:
+        original = _tensors(config_file.parent.parent / ORIGINAL)
+        if list(original) != [REFITTED]:
+            raise UserError(f"{config_file.parent.parent / ORIGINAL}: {REFITTED} and no more is read; copy it again")
+        made |= original
+        dropped = {"time_embedding.linear_1.weight": f"fitted to diffusers' features; ours is in {ORIGINAL}"}
+    return Found(network, made, dropped)
+
+
+def _exported(read: ADMUNetConfig, ours: dict[str, Any]) -> ADMUNetConfig:
+    """Our own configuration of what was read. Raises UserError if it is not of the same network."""
+    network = from_json(ours.get("network"))
+    if not isinstance(network, ADMUNetConfig) or adm_config(unet_config(network)) != read:
+        raise UserError(f"not the network of {OURS}; remove {OURS} to read it without")
+    return network
+
+
+def _our_network(config_file: Path, config: dict[str, Any], file: Path, tensors: Mapping[str, Tensor]) -> Found:
+    try:
+        network = from_json(config.get("network"))
+        if not isinstance(network, SongUNetConfig | ADMUNetConfig | EDM2UNetConfig):
+            raise UserError(f"{type(network).__name__} is none of the networks that are exported")
+        if network.num_blocks > MAX_BLOCKS or len(network.channel_mult) > MAX_LEVELS:
+            raise UserError(f"num_blocks={network.num_blocks}, channel_mult={network.channel_mult}: none is so deep")
+        empty_network(network)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise UserError(f"{config_file}: {' '.join(str(error).split())[:300]}") from error
+    return Found(network, dict(placed(file, tensors, network, lambda name: name.removeprefix("net."))), {})
