@@ -35,13 +35,17 @@ config generate metrics_log
 fit config_json cost
 overrides saved recipes estimate run_state run_folder
 importers exporters hub
+reference
 train evaluate report_charts run_record
+search_times
 report start
 teacher
 pipeline
+compare
+compare_page
 cli_input cli_results
 cli_sampling
-cli_show cli_import cli_export
+cli_show cli_import cli_export cli_data cli_evaluate cli_compare
 cli_model cli_analytic
 cli
 __main__
