@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from onejump.model import ConsistencyModel
 from onejump.networks import ADMUNetConfig
+from onejump.networks.layers import empty_network
 from onejump.samplers import Multistep
-from onejump.saved import SavedModel, empty_network, load_model, save_model
+from onejump.saved import SavedModel, load_model, save_model
 
 PLACES = {"folder": "model", "single file": "model.safetensors"}
 

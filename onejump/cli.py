@@ -12,7 +12,16 @@ from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onejump import __version__, cli_analytic, cli_export, cli_import, cli_model, cli_show
+from onejump import (
+    __version__,
+    cli_analytic,
+    cli_compare,
+    cli_data,
+    cli_export,
+    cli_import,
+    cli_model,
+    cli_show,
+)
 from onejump.cli_input import check_name, device_of, images_of
 from onejump.recipes import LISTED
 
@@ -20,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
     from onejump.config import Recipe
-    from onejump.data.image_set import ImageSet
+    from onejump.data.training_set import TrainingSet
 
 Work = Callable[[], None]
 
@@ -104,28 +113,35 @@ def parser() -> argparse.ArgumentParser:
         ("run", run_command, "the whole chain of a recipe: training, evaluation, report; resumes"),
         ("train", train_command, "one stage of a recipe; resumes"),
     ):
-        made = add(name, command, text, recipes)
-        made.add_argument("recipe", help="a recipe's name (see below)")
-        made.add_argument("overrides", nargs="*", metavar="path=value", help="such as stage1.steps=500 or seed=3")
-        made.add_argument("--data", metavar="PATH", help="folder or zip of images (default: scikit-learn's digits)")
-        made.add_argument("--size", type=int, metavar="N", help="crop and resize the images to N x N")
-        made.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/RECIPE[-IMAGES])")
-        made.add_argument("--teacher", metavar="MODEL", help="distil this diffusion model (CD, CTM)")
-        made.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-        made.add_argument("--dry-run", action="store_true", help="print the configuration, time and memory, and stop")
-        made.add_argument("--tensorboard", action="store_true", help="also write TensorBoard's files")
-        if name == "train":
-            made.add_argument("--stage", help="which stage (default: the only one)")
-            made.add_argument("--init", metavar="MODEL", help="start from this model instead of the stage before")
+        add_training(add(name, command, text, recipes), one_stage=name == "train")
     cli_model.add_commands(add)
+    cli_compare.add_commands(add)
     cli_show.add_commands(add)
     cli_import.add_commands(add)
     cli_export.add_commands(add)
+    cli_data.add_commands(add)
     cli_analytic.add_commands(add)
     return top
 
 
-def recipe_of(args: argparse.Namespace, data: "ImageSet") -> "Recipe":
+def add_training(made: argparse.ArgumentParser, one_stage: bool) -> None:
+    """The options of run and train."""
+    made.add_argument("recipe", help="a recipe's name (see below)")
+    made.add_argument("overrides", nargs="*", metavar="path=value", help="such as stage1.steps=500 or seed=3")
+    made.add_argument("--data", metavar="PATH", help="folder or zip of images (default: scikit-learn's digits)")
+    made.add_argument("--size", type=int, metavar="N", help="crop and resize the images to N x N")
+    made.add_argument("--skip-bad", action="store_true", help="leave images that cannot be read out, and list them")
+    made.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/RECIPE[-IMAGES])")
+    made.add_argument("--teacher", metavar="MODEL", help="distil this diffusion model (CD, CTM)")
+    made.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    made.add_argument("--dry-run", action="store_true", help="print the configuration, time and memory, and stop")
+    made.add_argument("--tensorboard", action="store_true", help="also write TensorBoard's files")
+    if one_stage:
+        made.add_argument("--stage", help="which stage (default: the only one)")
+        made.add_argument("--init", metavar="MODEL", help="start from this model instead of the stage before")
+
+
+def recipe_of(args: argparse.Namespace, data: "TrainingSet") -> "Recipe":
     from onejump.fit import images_for
     from onejump.overrides import apply_overrides
     from onejump.recipes import build_recipe
@@ -153,6 +169,7 @@ def command_of(args: argparse.Namespace, out: Path) -> str:
     if "init" in args and args.init is not None:
         name, given = "train", [("--stage", args.stage), ("--init", args.init), *given]
     options = [word for option, value in given if value is not None for word in (option, str(value))]
+    options += ["--skip-bad"] if args.skip_bad else []
     return shlex.join(["onejump", name, args.recipe, *args.overrides, *options])
 
 
@@ -217,7 +234,7 @@ def train_command(args: argparse.Namespace) -> Work:
     return work
 
 
-def dry_run(recipe: "Recipe", names: list[str], data: "ImageSet", device: "torch.device") -> None:
+def dry_run(recipe: "Recipe", names: list[str], data: "TrainingSet", device: "torch.device") -> None:
     from onejump.estimate import estimate_stage
     from onejump.metrics_log import duration
     from onejump.overrides import describe

@@ -11,7 +11,7 @@ from onejump.cli_input import check_seed, device_of, images_of
 if TYPE_CHECKING:
     from onejump.alignment import Alignment
     from onejump.analytic_table import Estimator
-    from onejump.data.image_set import ImageSet
+    from onejump.data.training_set import TrainingSet
     from onejump.precond import Jump
     from onejump.saved import SavedModel
 
@@ -59,7 +59,7 @@ def add_data(made: argparse.ArgumentParser) -> None:
     made.add_argument("--device", help="cpu, cuda, ...")
 
 
-def teacher_of(args: argparse.Namespace) -> "tuple[SavedModel, ImageSet]":
+def teacher_of(args: argparse.Namespace) -> "tuple[SavedModel, TrainingSet]":
     """The teacher, on its device, and its images; without labels if it knows no classes."""
     from onejump.fit import images_for
     from onejump.saved import load_model
@@ -102,7 +102,7 @@ def precond_command(args: argparse.Namespace) -> Work:
     return lambda: precond(args, saved, data, replace(estimator, sigma_min=low, sigma_max=high))
 
 
-def precond(args: argparse.Namespace, saved: "SavedModel", data: "ImageSet", estimator: "Estimator") -> None:
+def precond(args: argparse.Namespace, saved: "SavedModel", data: "TrainingSet", estimator: "Estimator") -> None:
     from onejump.analytic_page import cost
     from onejump.saved import model_sha256
     from onejump.teacher import estimate_table
@@ -174,7 +174,7 @@ def jumps_for(args: argparse.Namespace, saved: "SavedModel", student: "SavedMode
 def align(
     args: argparse.Namespace,
     saved: "SavedModel",
-    data: "ImageSet",
+    data: "TrainingSet",
     jumps: "dict[str, Jump]",
     student: "SavedModel | None",
 ) -> None:
@@ -200,7 +200,7 @@ def align(
     print(f"Page: {args.out}\nNumbers: {args.out.with_suffix('.json')}")
 
 
-def about_alignment(args: argparse.Namespace, found: "Alignment", data: "ImageSet") -> dict[str, str]:
+def about_alignment(args: argparse.Namespace, found: "Alignment", data: "TrainingSet") -> dict[str, str]:
     from onejump.saved import model_sha256
 
     models = {"Teacher": args.teacher} | ({} if args.student is None else {"Student": args.student})

@@ -58,7 +58,7 @@ def export_command(args: argparse.Namespace) -> Work:
     sampler, steps = sampling(args, saved)
     saved = replace(saved, sampler=sampler)
     GeneratorGraph(saved, steps)
-    return lambda: export_graph(saved, args.out, kind, steps, args.model)
+    return lambda: export_graph(saved, args.out, kind, steps)
 
 
 def kind_of(out: Path, asked: str | None) -> str:
@@ -75,39 +75,30 @@ def kind_of(out: Path, asked: str | None) -> str:
         )
     kind = asked or known or "diffusers"
     if known != kind and (kind != "diffusers" or known is not None):
-        end = f"a name that ends with {SUFFIXES[kind]}" if SUFFIXES[kind] else "a folder"
-        raise UserError(f"{out}: --to {kind} writes {end}")
+        end = f"a file *{SUFFIXES[kind]}" if SUFFIXES[kind] else "a folder"
+        raise UserError(f"{out}: --to {kind} writes {end}; name one")
     return kind
 
 
 def check_target(out: Path, kind: str, model: Path) -> None:
-    """Nothing is written over a folder, into one that holds something, or over the model itself."""
-    from onejump.saved import CONFIG, WEIGHTS
+    """Nothing is written over a model, over a folder, or into one that holds something."""
+    from onejump.saved import CONFIG, WEIGHTS, check_new
     from onejump.types import UserError
 
     if out.resolve() == model.resolve() or (out.name == WEIGHTS and (out.parent / CONFIG).exists()):
         raise UserError(f"{out}: this is a model itself; give another name")
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
-    if not parent.is_dir():
-        raise UserError(f"{out}: {parent} is a file; name a folder that exists or can be made")
-    if kind != "diffusers":
-        if out.is_dir():
-            raise UserError(f"{out}: is a folder; name a file")
-    elif out.is_file():
-        raise UserError(f"{out}: is a file; name a folder that is new or empty")
-    elif out.exists() and any(out.iterdir()):
-        raise UserError(f"{out}: this folder is not empty; name one that is new or empty")
+    check_new(out, folder=kind == "diffusers", over=kind in GRAPHS)
 
 
-def export_graph(saved: "SavedModel", out: Path, kind: str, steps: int, model: str) -> None:
+def export_graph(saved: "SavedModel", out: Path, kind: str, steps: int) -> None:
     """Writes one graph, and prints what it is and how it is called."""
     from onejump.cli_sampling import what_was_done
     from onejump.exporters.onnx import export_onnx
     from onejump.exporters.program import export_program
-    from onejump.saved import model_sha256
 
     export, runner = (export_onnx, "onnxruntime") if kind == "onnx" else (export_program, "torch.export")
-    made = export(saved, out, steps, model_sha256(Path(model)))
+    print(f"Making the graph of {steps} step{'s' * (steps > 1)} and comparing its images: up to a minute", flush=True)
+    made = export(saved, out, steps)
     print_files(made.files)
     print(f"Checked: in {runner} the images equal ours to {made.difference:.1e}, in batches of 1 and 3")
     print(f"Sampler: {what_was_done(saved.sampler, steps)}")
@@ -139,7 +130,7 @@ def use_of_graph(made: "Exported", kind: str, shape: tuple[int, ...]) -> list[st
 
 def export_file(saved: "SavedModel", out: Path, model: str) -> None:
     """Writes our own format as one file, and prints what it is and how it is used."""
-    from onejump.saved import load_model, model_sha256, save_model
+    from onejump.saved import load_model, model_sha256, save_model, usual_steps
     from onejump.types import UserError
 
     save_model(out, saved)
@@ -149,12 +140,13 @@ def export_file(saved: "SavedModel", out: Path, model: str) -> None:
         raise UserError(f"{out}: its weights have the checksum {after[:12]}, the model's {before[:12]}; export again")
     print_files((out,))
     print(f"Checked: read back, every weight is the same bit for bit (sha256 {after[:12]}...)")
+    steps, classes = usual_steps(saved.sampler), saved.network.label_dim
     lines = [
         f'saved = load_model("{out}")',
-        "noise = noise_for(range(4), saved.shape)",
-        "images = saved.sampler(saved.model, noise, 1)",
+        f"labels = {f'balanced_labels(16, {classes})' if classes else None}",
+        f"images = generate(saved.model, saved.sampler, {steps}, range(16), saved.shape, labels)",
     ]
-    print_use("from onejump.saved import load_model; from onejump.samplers import noise_for", lines)
+    print_use("from onejump.saved import load_model; from onejump.generate import balanced_labels, generate", lines)
 
 
 def export_folder(saved: "SavedModel", out: Path, model: str) -> None:
@@ -183,7 +175,8 @@ def export_folder(saved: "SavedModel", out: Path, model: str) -> None:
 
 def print_files(files: tuple[Path, ...]) -> None:
     for file in files:
-        print(f"Written: {file} ({file.stat().st_size / 1e6:,.1f} MB)")
+        size = file.stat().st_size
+        print(f"Written: {file} ({f'{size / 1e6:,.1f} MB' if size >= 1e5 else f'{size / 1e3:,.1f} kB'})")
 
 
 def print_use(imports: str, lines: list[str]) -> None:

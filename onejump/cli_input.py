@@ -8,10 +8,11 @@ from onejump.recipes import NAMES
 if TYPE_CHECKING:
     import torch
 
-    from onejump.data.image_set import ImageSet
+    from onejump.data.training_set import TrainingSet
 
 
-def images_of(args: argparse.Namespace) -> "ImageSet":
+def images_of(args: argparse.Namespace) -> "TrainingSet":
+    """--data with --size, and --skip-bad where the command has it: bad images are then left out and listed."""
     from onejump.types import UserError
 
     if args.data == "":
@@ -22,9 +23,16 @@ def images_of(args: argparse.Namespace) -> "ImageSet":
         from onejump.data.digits import digits
 
         return digits()
-    from onejump.data.folder import load_images
+    import sys
 
-    return load_images(args.data, args.size)
+    from onejump.data.load import told
+    from onejump.data.open import open_training_set
+
+    bad: dict[str, str] | None = {} if "skip_bad" in args and args.skip_bad else None
+    images = open_training_set(args.data, args.size, bad=bad)
+    if bad:
+        print(f"onejump: {args.data}: {told(bad)}", file=sys.stderr)
+    return images
 
 
 def device_of(name: str | None) -> "torch.device":

@@ -1,17 +1,15 @@
-"""The commands on finished models and runs: sample, evaluate, report."""
+"""The commands on finished models and runs: sample, report, and the place of evaluate among them."""
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onejump.cli_input import check_seed, device_of, images_of, numbers_of
+from onejump import cli_evaluate
+from onejump.cli_input import check_seed, device_of
 from onejump.cli_sampling import STEPS, add_sampling, sampling, what_was_done
 
 if TYPE_CHECKING:
-    from onejump.data.image_set import ImageSet
-    from onejump.saved import SavedModel
     from onejump.types import Images
 
 Work = Callable[[], None]
@@ -28,16 +26,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     made.add_argument("--seed", type=int, default=0, help="image k depends on (seed, k) alone (default: %(default)s)")
     made.add_argument("--out", type=Path, default=Path("samples.png"), help="grid .png, arrays .npz, or a folder")
     made.add_argument("--device", help="cpu, cuda, ...")
-    made = add("evaluate", evaluate_command, "Frechet distance and the rest, as a table or as JSON")
-    made.add_argument("model", help="a model's folder, or a run's (its last stage)")
-    made.add_argument("--data", metavar="PATH", help="folder or zip of real images (default: digits)")
-    made.add_argument("--size", type=int, metavar="N", help="crop and resize them to N x N")
-    made.add_argument("--steps", metavar="N,N", help=STEPS.format("1,2"))
-    made.add_argument("--n", type=int, default=2000, help="samples for each (default: %(default)s)")
-    made.add_argument("--seed", type=int, default=1234, help="(default: %(default)s)")
-    made.add_argument("--out", type=Path, metavar="FILE", help="write the whole record there, as JSON")
-    made.add_argument("--json", action="store_true", help="print the whole record instead of the table")
-    made.add_argument("--device", help="cpu, cuda, ...")
+    cli_evaluate.add_command(add)
     made = add("report", report_command, "make a run's report.html again")
     made.add_argument("run", type=Path, help="a run's folder")
 
@@ -108,57 +97,6 @@ def write_samples(images: "Images", labels: object, out: Path, columns: int) -> 
         out.mkdir(exist_ok=True)
         for k, image in enumerate(images):
             to_picture(image).save(out / f"{k:06d}.png")
-
-
-def what_to_evaluate(args: argparse.Namespace) -> "tuple[SavedModel, ImageSet, list[int]]":
-    """The model, the real images and the numbers of steps, all of which fit each other."""
-    from onejump.samplers import ODE, Multistep, refuse_below
-    from onejump.saved import load_model
-    from onejump.types import UserError
-
-    saved, data = load_model(args.model), images_of(args)
-    if data.shape != saved.shape:
-        real, made = ("x".join(map(str, shape)) for shape in (data.shape, saved.shape))
-        raise UserError(f"--data: the images are {real}, the model makes {made}; see --size")
-    if args.n < 2:
-        raise UserError(f"--n {args.n}: a distance needs at least 2 samples")
-    check_seed(args.seed)
-    default = "18" if isinstance(saved.sampler, ODE) else "1,2"
-    steps = numbers_of("--steps", args.steps or default, int)
-    for k in steps:
-        times = saved.sampler.times(k)
-        if isinstance(saved.sampler, Multistep):
-            refuse_below(saved.model.t_min, times)
-    saved.model.to(device_of(args.device))
-    return saved, data, steps
-
-
-def evaluate_command(args: argparse.Namespace) -> Work:
-    saved, data, steps = what_to_evaluate(args)
-
-    def work() -> None:
-        from onejump.cli_results import print_results
-        from onejump.evaluate import Judge, detector_for, evaluate
-        from onejump.run_record import versions
-        from onejump.saved import model_sha256, write_json
-
-        judge = Judge(data, detector_for(data))
-        record = {
-            "model": str(args.model),
-            "model_sha256": model_sha256(Path(args.model)),
-            "provenance": saved.provenance,
-            "reference": judge.reference,
-            **evaluate(judge, saved, steps, args.n, args.seed),
-            "versions": versions(),
-        }
-        if args.out:
-            write_json(args.out, record)
-        if args.json:
-            print(json.dumps(record, indent=1))
-        else:
-            print_results(judge.reference, {str(saved.provenance.get("stage", "model")): record})
-
-    return work
 
 
 def report_command(args: argparse.Namespace) -> Work:

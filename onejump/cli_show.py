@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ from onejump.cli_input import images_of
 from onejump.recipes import NAMES
 
 if TYPE_CHECKING:
-    from onejump.config import Recipe, Stage
+    from onejump.config import Network, Recipe, Stage
     from onejump.cost import Cost
     from onejump.methods.base import Nets
     from onejump.saved import SavedModel
@@ -19,13 +19,15 @@ Work = Callable[[], None]
 
 TIMES = (0.002, 0.02, 0.1, 0.5, 1.0, 2.0, 10.0, 80.0)
 CURVE = 240  # points of a line of the picture
-COST = "Cost (float32; a multiply-add is 2 FLOPs; workspaces of kernels come on top)"
+COST = "(float32; a multiply-add is 2 FLOPs; workspaces of kernels come on top)"
 
 
 def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Its options; `add` makes a command."""
     made = add("show", show_command, "what a model or a recipe is, and what it costs")
-    made.add_argument("what", help="a model's or run's folder, or a recipe's name")
+    made.add_argument(
+        "what", help="a model's folder or .safetensors file, a run's folder (its last stage), or a recipe"
+    )
     made.add_argument(
         "--batch", type=int, default=64, metavar="B", help="memory for so many images at once (default: %(default)s)"
     )
@@ -44,10 +46,21 @@ def show_command(args: argparse.Namespace) -> Work:
     if args.what in NAMES or not Path(args.what).exists():
         recipe = recipe_of(args)
         return lambda: show_recipe(recipe, args.batch)
+    for name, value in (("--data", args.data), ("--size", args.size)):
+        if value is not None:
+            raise UserError(f"{name}: goes with a recipe, and {args.what} is a model; leave it out")
     from onejump.saved import load_model
 
-    saved = load_model(args.what)
-    return lambda: show_model(saved, args.batch, args.curve)
+    saved, title = load_model(args.what), title_of(Path(args.what))
+    return lambda: show_model(title, saved, args.batch, args.curve)
+
+
+def title_of(path: Path) -> str:
+    """The path, and which stage is meant if it is a run's."""
+    from onejump.saved import model_folder
+
+    stage = None if path.is_file() else model_folder(path).parent
+    return f"{path}: {stage.name}, its last finished stage" if stage and stage.parent == path else str(path)
 
 
 def recipe_of(args: argparse.Namespace) -> "Recipe":
@@ -56,7 +69,7 @@ def recipe_of(args: argparse.Namespace) -> "Recipe":
     from onejump.types import UserError
 
     if args.what not in NAMES:
-        choices = f"no such folder, and no such recipe ({', '.join(NAMES)})"
+        choices = f"no such file or folder, and no such recipe ({', '.join(NAMES)})"
         raise UserError(f"{args.what}: {choices}{did_you_mean(args.what, NAMES)}")
     if args.curve is not None:
         raise UserError(f"--curve: {args.what} is a recipe, whose stages differ; name a model")
@@ -69,9 +82,21 @@ def show_recipe(recipe: "Recipe", batch: int) -> None:
     from onejump.overrides import describe
 
     print(describe(recipe))
-    print_facts(COST, costs(cost_of(recipe.network, batch)))
+    for network, stages in networks_of(recipe).items():
+        of = "" if len(networks_of(recipe)) == 1 else f" of {', '.join(stages)}"
+        print_facts(f"Cost{of} {COST}", costs(cost_of(network, batch)))
     print_facts("Stages", ((name, stage_text(recipe, stage)) for name, stage in recipe.stages.items()))
     print("\nonejump run with --dry-run measures the time and memory of whole stages.")
+
+
+def networks_of(recipe: "Recipe") -> "dict[Network, list[str]]":
+    """Each network that is trained, and in which stages: those of CTM read a second time."""
+    from onejump.fit import network_of
+
+    found: dict[Network, list[str]] = {}
+    for name, stage in recipe.stages.items():
+        found.setdefault(network_of(recipe, stage), []).append(name)
+    return found or {recipe.network: []}
 
 
 def stage_text(recipe: "Recipe", stage: "Stage") -> str:
@@ -102,12 +127,16 @@ def networks_besides(nets: "Nets") -> Iterator[tuple[str, int]]:
         yield "the critic, its gradients and moments", 4 * bytes_of(nets.critic.net)
 
 
-def show_model(saved: "SavedModel", batch: int, curve: Path | None) -> None:
+def show_model(title: str, saved: "SavedModel", batch: int, curve: Path | None) -> None:
     from onejump.cost import cost_of
+    from onejump.overrides import short
 
     cost, model = cost_of(saved.network, batch), saved.model
-    print_facts(type(saved.network).__name__.removesuffix("Config"), facts(saved))
-    print_facts(COST, costs(cost))
+    network, n = type(saved.network).__name__.removesuffix("Config"), cost.parameters
+    print_facts(title, head(saved, f"{network}, {n:,} parameters"))
+    print_facts(network, network_facts(saved))
+    print_facts("Where it comes from", origin(saved.provenance))
+    print_facts(f"Cost {COST}", costs(cost))
     t_min = f"no time below t' = {model.t_min:g}" if model.t_min else "any time"
     print_table(f"Sampling: {short(saved.sampler)}; {t_min}", sampling(saved, cost.flops))
     what = f"{short(model.precond)}, {short(model.jump)}; a, b of jumps to s = {model.jump.sigma_min:g}"
@@ -119,9 +148,9 @@ def show_model(saved: "SavedModel", batch: int, curve: Path | None) -> None:
 
 
 def print_facts(title: str, rows: Iterable[tuple[str, str]]) -> None:
-    print(f"\n{title}")
-    for name, value in rows:
-        print(f"  {name:<20} {value}".rstrip())
+    from onejump.overrides import listing
+
+    print("\n" + listing(title, rows))
 
 
 def print_table(title: str, rows: Sequence[Sequence[str]]) -> None:
@@ -132,38 +161,39 @@ def print_table(title: str, rows: Sequence[Sequence[str]]) -> None:
         print("  " + "  ".join([*map(str.rjust, numbers, widths), last]).rstrip())
 
 
-def facts(saved: "SavedModel") -> Iterator[tuple[str, str]]:
-    """What it is and where it came from."""
-    for f in fields(saved.network):
-        yield f.name, short(getattr(saved.network, f.name))
-    names, kinds = saved.class_names, {str(p.dtype).removeprefix("torch.") for p in saved.model.net.parameters()}
-    yield "weights stored as", ", ".join(sorted(kinds))
+def head(saved: "SavedModel", network: str) -> Iterator[tuple[str, str]]:
+    """What it is, first of all."""
+    names, method = saved.class_names, saved.provenance.get("method")
+    known = method.get("type") if isinstance(method, dict) else saved.provenance.get("training method")
+    yield "method", str(known or "not stated")
+    yield "network", network
     yield "images", "x".join(map(str, saved.shape))
     yield "classes", f"{len(names)}: {', '.join(names[:20])}{', ...' if names[20:] else ''}" if names else "none"
     yield "EMA", saved.ema or "not stated"
     yield "licence", saved.licence or "not stated"
-    for key, value in saved.provenance.items():
+
+
+def network_facts(saved: "SavedModel") -> Iterator[tuple[str, str]]:
+    from onejump.overrides import short
+
+    for f in fields(saved.network):
+        yield f.name, short(getattr(saved.network, f.name))
+    kinds = {str(p.dtype).removeprefix("torch.") for p in saved.model.net.parameters()}
+    yield "weights stored as", ", ".join(sorted(kinds))
+
+
+def origin(provenance: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What was recorded when it was made."""
+    from onejump.overrides import short
+
+    if not provenance:
+        yield "not stated", ""
+    for key, value in provenance.items():
         if isinstance(value, dict):
             yield key, str(value.get("type", ""))
             yield from ((f"  {name}", short(item)) for name, item in value.items() if name != "type")
         else:
             yield key, short(value)
-
-
-def short(value: Any) -> str:
-    """A value in a line; of long lists only how many, of objects their type and fields."""
-    if isinstance(value, dict):
-        inner = ", ".join(f"{key}={short(item)}" for key, item in value.items() if key not in ("type", "function"))
-        name = value.get("type") or value.get("function") or ""
-        return f"{name}({inner})" if inner else str(name)
-    if is_dataclass(value) and not isinstance(value, type):
-        inner = ", ".join(f"{f.name}={short(getattr(value, f.name))}" for f in fields(value))
-        return f"{type(value).__name__}({inner})"
-    if isinstance(value, tuple | list):
-        return f"({len(value)} values)" if len(value) > 8 else f"({', '.join(map(short, value))})"
-    if callable(value):
-        return str(value.__name__)
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def costs(cost: "Cost") -> Iterator[tuple[str, str]]:

@@ -9,6 +9,7 @@ from onejump import losses, solvers
 from onejump.analytic import AnalyticPrecond
 from onejump.analytic_jump import Analytic, Gaussian
 from onejump.analytic_table import Estimator
+from onejump.data.augment import AugmentPipe
 from onejump.ema import EMA, ConstantEMA, PowerEMA
 from onejump.losses import Distance, Weight
 from onejump.lpips import LPIPS
@@ -55,6 +56,7 @@ class Stage:
     optimizer: Optimizer = RAdam()
     rate: Rate = ConstantRate()
     clip: float = 1e6  # gradient norm
+    augment: AugmentPipe | None = None  # of the images; the network is told by labels of its own (augment_dim)
     ema: EMA = ConstantEMA()
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     precond: EDM = EDM()
@@ -170,7 +172,20 @@ class Recipe:
                     f"{name}.second_time: {stage.second_time}; EDM2UNetConfig reads one time only, and jumps that end "
                     "anywhere need another: use network=SongUNetConfig or ADMUNetConfig"
                 )
+            _check_augment(name, stage, self.network)
             _check_sampler(name, stage, self.evaluation.steps)
+
+
+def _check_augment(name: str, stage: Stage, network: Network) -> None:
+    """The network must read what the pipe tells it about each image."""
+    reads = network.augment_dim if isinstance(network, SongUNetConfig | ADMUNetConfig) else None
+    if stage.augment is None or stage.augment.width == reads:
+        return
+    way_out = f"give network.augment_dim={stage.augment.width}"
+    if reads is None:
+        way_out = "use network=SongUNetConfig or ADMUNetConfig"
+    found = f"{stage.augment.width} labels an image, but {type(network).__name__} reads {reads or 0}"
+    raise UserError(f"{name}.augment: {found}; {way_out}, or leave augment=none")
 
 
 def _check_sampler(name: str, stage: Stage, asked: tuple[int, ...]) -> None:
@@ -204,7 +219,7 @@ CLASSES: tuple[type, ...] = (
     *(LogNormal, HalfLogNormal, KarrasUniform, LogStudentT, Discretisation),
     *(EDM, ToData, CM, Euler, Gaussian, Analytic, AnalyticPrecond, Estimator),
     *(Multistep, Trajectory, Jumps, ODE, ConstantEMA, PowerEMA),
-    *(RAdam, Adam, ConstantRate, InverseSqrtRate, CosineRate),
+    *(RAdam, Adam, ConstantRate, InverseSqrtRate, CosineRate, AugmentPipe),
 )
 CHOICES: dict[Any, tuple[Callable, ...]] = {  # by the annotation of the field
     Weight: (

@@ -144,7 +144,9 @@ def _tensors(tree: Any) -> Iterable[Tensor]:
 
 
 def in_words(size: float) -> str:
-    """Bytes as MiB, or GiB from one on."""
+    """Bytes as KiB, MiB, or GiB."""
+    if size < 0.1 * 2**20:
+        return f"{size / 2**10:,.1f} KiB"
     return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from onejump.analytic import AnalyticPrecond
 from onejump.config import Distilling, Recipe, Stage
 from onejump.cost import TRAINED_COPIES, bytes_of, counting_kept
-from onejump.data.image_set import ImageSet
+from onejump.data.training_set import TrainingSet
 from onejump.fit import images_for, network_of
 from onejump.methods.base import Nets
 from onejump.methods.ctm import CTM
@@ -31,7 +31,7 @@ class Estimate:
     bytes: int
 
 
-def estimate_stage(recipe: Recipe, stage: Stage, data: ImageSet, device: torch.device) -> Estimate:
+def estimate_stage(recipe: Recipe, stage: Stage, data: TrainingSet, device: torch.device) -> Estimate:
     """Runs the loss of this stage forwards and backwards on real images a few times; nothing is kept."""
     at_once = stage.micro_batch or stage.batch
     probe = replace(stage, batch=min(PROBE, at_once))

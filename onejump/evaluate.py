@@ -1,116 +1,128 @@
 """How good a model's samples are: the numbers of evaluation.json."""
 
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from onejump.config_json import to_json
 from onejump.data.image_set import ImageSet
-from onejump.evaluation.features import Detector, DigitsDetector, PixelDetector
-from onejump.evaluation.metrics import (
-    GaussianStatistics,
-    class_balance,
-    class_shares,
-    confidence,
-    frechet_distance,
-    kid,
-    nearest_neighbours,
-)
-from onejump.generate import balanced_labels, generate
+from onejump.evaluation.reading import FEATURES, Reader
+from onejump.evaluation.statistics import GaussianStatistics, frechet_distance
+from onejump.generate import Rounding, balanced_labels, block_on
+from onejump.judge import Judge, detector_for, told
+from onejump.parts import Denoised, Generated, Given, Job, Source, Workers
+from onejump.reference import Tell
+from onejump.samplers import Sampler
 from onejump.saved import SavedModel
-from onejump.types import Images
+from onejump.types import Images, UserError
+
+__all__ = ["How", "Judge", "detector_for", "evaluate", "evaluate_images"]
+DENOISE = (1.0, 2.0, 3.0, 4.0)  # noise levels of the denoising FID
 
 
-def detector_for(data: ImageSet) -> Detector:
-    """The digits classifier for digits of its kind; for any other images their pixels, area-averaged to 8x8."""
-    of_its_kind = data.shape == (1, 8, 8) and data.class_names == tuple("0123456789")
-    return DigitsDetector() if of_its_kind else PixelDetector()
+@dataclass(frozen=True)
+class How:
+    """How samples are made, beyond their model, number and seed.
 
+    block, rounding: see `generate`. denoise: noise levels of the denoising FID. identity: the model's checksum, under
+    which parts are kept. sampler: in place of the model's own.
+    """
 
-@dataclass(frozen=True, eq=False)
-class Judge:
-    """Real images, and the detector through which samples are compared with them."""
-
-    data: ImageSet
-    detector: Detector
-
-    @cached_property
-    def features(self) -> torch.Tensor:
-        return self.detector(self.data.images)
-
-    @cached_property
-    def statistics(self) -> GaussianStatistics:
-        return GaussianStatistics.of(self.features)
-
-    @cached_property
-    def reference(self) -> dict[str, Any]:
-        """What the numbers are measured against, and what real images themselves would get."""
-        order = torch.randperm(self.data.n, generator=torch.Generator().manual_seed(0))
-        a, b = self.features[order].tensor_split(2)
-        return {
-            "n": self.data.n,
-            "fingerprint": self.data.fingerprint,
-            "detector": self.detector.name,
-            "detector_sha256": self.detector.hash,
-            "real_half_frechet": frechet_distance(a, b) if len(b) > 1 else None,
-            "nearest_rms_of_real": self._nearest_of_real(),
-        }
-
-    def _nearest_of_real(self) -> float:
-        """Mean distance of a real image to the nearest of all others, over up to 1,000 of them drawn at random.
-
-        An image is left out by its place: where the set holds one twice, the distance is 0.
-        """
-        chosen = torch.randperm(self.data.n, generator=torch.Generator().manual_seed(1))[:1000]
-        return nearest_neighbours(self.data.images[chosen], self.data.images, chosen)[1].mean().item()
-
-    def frechet(self, images: Images) -> float:
-        return frechet_distance(self.detector(images), self.statistics)
-
-    def numbers(self, images: Images, labels: torch.Tensor | None) -> dict[str, Any]:
-        """Every number of one set of samples."""
-        features = self.detector(images)
-        return {
-            "frechet": frechet_distance(features, self.statistics),
-            "kid": kid(features, self.features),
-            "n": len(images),
-            "nearest_rms": nearest_neighbours(images[:1000], self.data.images)[1].mean().item(),
-            **self._reading(images, labels),
-        }
-
-    def _reading(self, images: Images, labels: torch.Tensor | None) -> dict[str, Any]:
-        if not isinstance(self.detector, DigitsDetector):
-            return {}
-        from onejump.evaluation.digits_classifier import load_digits_classifier
-
-        assert self.data.labels is not None
-        probabilities = load_digits_classifier().probabilities(images)
-        balance = class_balance(probabilities, class_shares(self.data.labels, 10))
-        sure = confidence(probabilities, labels)
-        return {
-            "class_balance": list(balance.shares),
-            "balance_distance": balance.total_variation,
-            "confidence": {"mean": sure.mean, "above_0.9": sure.above_90, "as_asked": sure.as_asked},
-        }
+    block: int | None = None
+    rounding: Rounding = "round"
+    denoise: tuple[float, ...] = DENOISE
+    workers: Workers = Workers()
+    identity: str = ""
+    sampler: Sampler | None = None
 
 
 def evaluate(
-    judge: Judge, saved: SavedModel, steps: Sequence[int], n: int, seed: int, batch: int = 512
+    judge: Judge, saved: SavedModel, steps: Sequence[int], n: int, seed: int, batch: int = 512, how: How | None = None
 ) -> dict[str, Any]:
     """{"steps": {"1": numbers, "2": numbers}} of n samples each, images 0 .. n - 1 of this seed.
 
-    Classes are asked of a model that has some; whether they came is told where they are those of the real images.
+    Classes are asked of a model that has some; whether they came is told where they are those of the real images. The
+    same numbers whatever the batch, the threads and the processes, and after a resume.
     """
-    sampler, labels, out = saved.sampler, balanced_labels(n, len(saved.class_names)), {}
-    asked = labels if saved.class_names == judge.data.class_names else None
+    how = how or How()
+    sampler = how.sampler or saved.sampler
+    how = replace(how, sampler=sampler, block=how.block or block_on(next(saved.model.parameters()).device))
+    labels, out = balanced_labels(n, len(saved.class_names)), {}
+    known = saved.class_names == judge.data.class_names
+    denoising = _denoising(judge, saved, n, seed, batch, how) if "dfid" in judge.metrics else {}
     for k in steps:
-        began = time.perf_counter()
-        images = generate(saved.model, sampler, k, range(n), saved.shape, labels, seed, batch)
-        seconds = time.perf_counter() - began
-        numbers = judge.numbers(images, asked)
-        out[str(k)] = {**numbers, "times": sampler.times(k), "nfe": sampler.calls(k), "seed": seed, "seconds": seconds}
-    return {"sampler": to_json(sampler), "steps": out}
+        source = Generated(saved, sampler, k, labels, seed, batch, how.block, how.rounding)
+        about = {"steps": k, "times": sampler.times(k), "sampler": to_json(sampler)}
+        numbers = measure(judge, source, n, f"{k} step{'s' if k > 1 else ''}", how, about, seed, labels, known)
+        out[str(k)] = {**numbers, "times": sampler.times(k), "nfe": sampler.calls(k), "seed": seed}
+    return {"sampler": to_json(sampler), "block": how.block, "rounding": how.rounding, "steps": out, **denoising}
+
+
+def evaluate_images(judge: Judge, images: Images, labels: Tensor | None, workers: Workers) -> dict[str, Any]:
+    """The numbers of images that are there already; labels: the classes that they are said to show."""
+    how = How(workers=workers, identity=ImageSet("", images).fingerprint)
+    return measure(judge, Given(images), len(images), "images", how, {}, 0, labels, labels is not None)
+
+
+def measure(
+    judge: Judge,
+    source: Source,
+    n: int,
+    title: str,
+    how: How,
+    about: dict[str, Any],
+    seed: int,
+    labels: Tensor | None = None,
+    known: bool = False,
+) -> dict[str, Any]:
+    """The numbers of n samples of a source, and the seconds that making them took, over all processes.
+
+    Of several processes started from outside, all but the first do their share of the parts and know no numbers: {}.
+    """
+    seconds = 0.0
+
+    def parts(tell: Tell) -> Iterator[dict[str, Tensor]]:
+        nonlocal seconds
+        for part in job_of(judge.reader, source, n, how, about, seed).run(tell):
+            seconds += part["seconds"].item()
+            yield part
+
+    with told(title, judge.show) as tell:
+        read = parts(tell)
+        if how.workers.rank:
+            assert not list(read)
+            return {}
+        return {**judge.judged(read, labels if known else None), "seconds": seconds}
+
+
+def job_of(reader: Reader, source: Source, n: int, how: How, about: dict[str, Any], seed: int) -> Job:
+    """All that a part depends on is in the name of the folder of its job."""
+    whole = about | {"model": how.identity, "seed": seed, "block": how.block, "rounding": how.rounding}
+    whole |= {"reader": list(reader.kinds), "detector": reader.detector.name, "sha256": reader.detector.hash}
+    device = next(source.saved.model.parameters()).device.type if isinstance(source, Generated | Denoised) else ""
+    return Job(source, reader, n, whole | {"device": device, "torch": torch.__version__}, how.workers)
+
+
+def _denoising(judge: Judge, saved: SavedModel, n: int, seed: int, batch: int, how: How) -> dict[str, Any]:
+    """Denoising FID (TCM's): of f(x0 + t eps, t) for real x0, by noise level; those below t' are left out."""
+    data, found = judge.data, {}
+    if saved.class_names and saved.class_names != data.class_names:
+        raise UserError("metrics: dfid denoises the images as the classes they are; the model knows other classes")
+    chosen = torch.randperm(data.n, generator=torch.Generator().manual_seed(0))[:n]
+    images, labels = data.pick(chosen), data.labels[chosen] if saved.class_names and data.labels is not None else None
+    for t in how.denoise:
+        if t < saved.model.t_min:
+            continue
+        source = Denoised(saved, images, labels, t, seed, batch, how.block, how.rounding)
+        about = {"t": t, "data": data.fingerprint}
+        with told(f"denoised at {t:g}", judge.show) as tell:
+            job = job_of(Reader(judge.detector), source, len(images), how, about, seed)
+            features = (part[FEATURES] for part in job.run(tell))
+            if how.workers.rank:
+                assert not list(features)
+            else:
+                found[f"{t:g}"] = frechet_distance(GaussianStatistics.of_batches(features), judge.statistics)
+    return {"denoising": {"n": len(images), "frechet": found}}

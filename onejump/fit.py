@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from onejump.config import Network, Recipe, Stage
-from onejump.data.image_set import ImageSet
+from onejump.data.training_set import TrainingSet
 from onejump.lpips import LPIPS
 from onejump.methods.cd import CD
 from onejump.methods.continuous import ContinuousCD, ContinuousCT
@@ -13,13 +13,13 @@ from onejump.methods.ctm_gan import CTMGAN
 from onejump.types import UserError
 
 
-def images_for(network: Network, data: ImageSet) -> ImageSet:
+def images_for(network: Network, data: TrainingSet) -> TrainingSet:
     """The images as this network is trained on them: without their labels if it knows no classes (label_dim = 0).
 
     Raises UserError if it knows another number of classes than the images have.
     """
     if network.label_dim == 0:
-        return replace(data, labels=None, class_names=())
+        return data.unlabelled()
     if network.label_dim != data.classes:
         has = f"have {data.classes} classes: give {data.classes}" if data.classes else "have no labels: give 0"
         or_none = ", or 0 for a model without classes" if data.classes else ""

@@ -1,6 +1,5 @@
 """Saved models as the Hugging Face Hub has them: from_pretrained, save_pretrained, push_to_hub. Extra `hub`."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from onejump.generate import balanced_labels, generate
-from onejump.samplers import ODE, Jumps, Multistep, Sampler, Trajectory
-from onejump.saved import CONFIG, WEIGHTS, SavedModel, load_model, save_model
+from onejump.saved import CONFIG, WEIGHTS, SavedModel, licence_on_hub, load_model, save_model, usual_steps
 from onejump.types import Images, UserError
 
 try:
@@ -19,18 +17,15 @@ except ImportError as error:
     raise ImportError("onejump.hub needs huggingface_hub: pip install 'onejump[hub]'") from error
 
 CARD = "README.md"
-LICENCES = (  # that the Hub knows by these names; of all others it wants to be told the name
-    *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "openrail", "gpl-3.0", "lgpl-3.0"),
-    *(f"cc-by{kind}-{version}" for version in ("2.0", "3.0", "4.0") for kind in ("", "-sa", "-nc", "-nc-sa", "-nc-nd")),
-)
+ORIGIN = ("recipe", "stage", "step", "data", "kind", "imported_from", "source_sha256", "training method")
 
 
 class Generator(nn.Module, ModelHubMixin):
     """Images from a saved model; its folder on disk and on the Hub is save_model's, with a model card.
 
-    from_pretrained(id or folder, revision=, cache_dir=, token=, local_files_only=, force_download=),
-    save_pretrained(folder) and push_to_hub(id, ...) are huggingface_hub's own. A folder needs no network, and may also
-    be a run's.
+    from_pretrained(id, revision=, cache_dir=, token=, local_files_only=, force_download=), save_pretrained(folder) and
+    push_to_hub(id, ...) are as huggingface_hub has them. In place of the id a model's folder, a run's, or a single file
+    needs no network.
     """
 
     _hub_mixin_config: dict[str, Any] | None = {}  # config.json is ours: the mixin has nothing to gather for it
@@ -66,23 +61,27 @@ class Generator(nn.Module, ModelHubMixin):
             (save_directory / CARD).write_text(model_card(self.saved))
 
     @classmethod
-    def _from_pretrained(
+    def from_pretrained(
         cls,
+        pretrained_model_name_or_path: str | Path,
         *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
         **unknown: Any,
     ) -> "Generator":
+        """What is on this machine under that name, else that repository of the Hub. Raises UserError for no model.
+
+        The mixin's own would look for a config.json first, which a run's folder and a single file do not have.
+        """
         if unknown:
             raise UserError(f"{next(iter(unknown))}: from_pretrained has no such option")
-        if Path(model_id).is_dir():
-            return cls(load_model(model_id))
+        if Path(pretrained_model_name_or_path).exists():
+            return cls(load_model(pretrained_model_name_or_path))
         folder = snapshot_download(
-            model_id,
+            str(pretrained_model_name_or_path),
             revision=revision,
             cache_dir=cache_dir,
             force_download=force_download,
@@ -107,7 +106,8 @@ def model_card(saved: SavedModel) -> str:
         "average of the weights": saved.ema or "not stated",
         "licence of the weights": saved.licence or "not stated",
     }
-    facts |= {key: str(saved.provenance[key]) for key in ("recipe", "stage", "step", "data") if key in saved.provenance}
+    facts |= {key.replace("_", " "): str(saved.provenance[key]) for key in ORIGIN if key in saved.provenance}
+    made = "Imported" if "imported_from" in saved.provenance else "Made"
     rows = "".join(f"| {name} | {_cell(text)} |\n" for name, text in facts.items())
     return f"""---
 {_card_data(saved).to_yaml()}
@@ -115,7 +115,7 @@ def model_card(saved: SavedModel) -> str:
 
 # A generator of images
 
-Made with onejump. `pip install 'onejump[hub]'`, then, with the name of this repository or a folder's path:
+{made} with onejump. `pip install 'onejump[hub]'`, then, with the name of this repository or a folder's path:
 
 ```python
 from onejump.hub import Generator
@@ -128,20 +128,12 @@ images = generator.generate(16, steps={steps})  # uint8 [16, {", ".join(map(str,
 {rows}"""
 
 
-def usual_steps(sampler: Sampler) -> int:
-    """A number of steps that this sampler can make."""
-    if isinstance(sampler, Jumps):
-        return len(sampler.start)
-    return {Multistep: 1, Trajectory: 1, ODE: 18}[type(sampler)]
-
-
 def _card_data(saved: SavedModel) -> ModelCardData:
-    licence = re.sub(r"[^a-z0-9.]+", "-", saved.licence.lower()).strip("-")
-    known = licence in LICENCES
+    licence = licence_on_hub(saved.licence)
     return ModelCardData(
         library_name="onejump",
-        license=(licence if known else "other") if licence else None,
-        license_name=licence if licence and not known else None,
+        license=licence.get("license"),
+        license_name=licence.get("license_name"),
         pipeline_tag="unconditional-image-generation",
         tags=["consistency-model", "image-generation", "onejump"],
     )

@@ -1,8 +1,8 @@
 """Command-line overrides: `stage1.method.delta.q=4` replaces one value of a recipe; `describe` lists all of them."""
 
 import ast
-from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any, get_origin
 
 from onejump.config import CLASSES, FUNCTIONS, Recipe, Stage
@@ -78,7 +78,7 @@ def _full_path(tree: dict, path: str) -> list[str]:
 
 def _check_name(node: Any, name: str, path: str) -> None:
     if not isinstance(node, dict) or "function" in node:
-        raise UserError(f"{path}: no field {name}, since what it belongs to is the plain value {_text(node)}")
+        raise UserError(f"{path}: no field {name}, since what it belongs to is the plain value {value_text(node)}")
     if name not in node or name == "type":
         names = [key for key in node if key != "type"]
         owner = node.get("type", "the recipe")
@@ -124,16 +124,38 @@ def _rows(node: dict, path: str) -> Iterator[tuple[str, str, str]]:
             yield from _rows(value, "")
             continue
         is_object = isinstance(value, dict) and "type" in value
-        yield here, _text(value), "\n" if is_object and "." not in here else ""
+        yield here, value_text(value), "\n" if is_object and "." not in here else ""
         if is_object:
             yield from _rows(value, here)
 
 
-def _text(value: Any) -> str:
+def value_text(value: Any) -> str:
+    """A value, as to_json has it, as an override gives it."""
     if isinstance(value, dict):
         return value.get("type") or value.get("function") or ", ".join(value)
     if isinstance(value, list):
-        return ",".join(_text(item) for item in value) or "()"
+        return ",".join(value_text(item) for item in value) or "()"
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:.15g}" if isinstance(value, float) else str(value)
+
+
+def short(value: Any) -> str:
+    """A value in a line; of long lists only how many, of objects their type and fields."""
+    if isinstance(value, dict):
+        inner = ", ".join(f"{key}={short(item)}" for key, item in value.items() if key not in ("type", "function"))
+        name = value.get("type") or value.get("function") or ""
+        return f"{name}({inner})" if inner else str(name)
+    if is_dataclass(value) and not isinstance(value, type):
+        inner = ", ".join(f"{f.name}={short(getattr(value, f.name))}" for f in fields(value))
+        return f"{type(value).__name__}({inner})"
+    if isinstance(value, tuple | list):
+        return f"({len(value)} values)" if len(value) > 8 else f"({', '.join(map(short, value))})"
+    if callable(value):
+        return str(value.__name__)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def listing(title: str, rows: Iterable[tuple[str, str]]) -> str:
+    """A title and below it names and what they are, one a line."""
+    return "\n".join([title, *(f"  {name:<20} {value}".rstrip() for name, value in rows)])

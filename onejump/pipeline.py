@@ -1,7 +1,7 @@
 """A recipe from start to end: its stages one after the other, evaluation, report. Each part resumes."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ import torch
 from onejump.analytic import AnalyticPrecond
 from onejump.config import Distilling, Evaluation, Recipe
 from onejump.config_json import to_json
-from onejump.data.image_set import ImageSet
+from onejump.data.latents import LatentSet
+from onejump.data.training_set import TrainingSet
 from onejump.evaluate import Judge, detector_for, evaluate
 from onejump.evaluation.metrics import nearest_neighbours
 from onejump.fit import check_files, images_for, network_of
@@ -28,10 +29,11 @@ from onejump.train import Every, TrainResult, mix, train
 from onejump.types import Images
 
 GRID = 60  # images in a contact sheet: 6 rows of 10, so that each column is a class of the digits
+AT_ONCE = 4096  # training images that samples are compared with at once
 
 
 def run(
-    recipe: Recipe, data: ImageSet, out: Path, device: torch.device, given: Given, tensorboard: bool = False
+    recipe: Recipe, data: TrainingSet, out: Path, device: torch.device, given: Given, tensorboard: bool = False
 ) -> Path:
     """Every stage, the evaluation and the report, in a folder that open_run has opened. Returns the report.
 
@@ -59,6 +61,8 @@ class Watch:
         return generate(ema, self.sampler, steps, range(n), self.judge.data.shape, labels, self.wanted.seed)
 
     def on_sample(self, ema: ConsistencyModel, step: int) -> None:
+        if isinstance(self.judge.data, LatentSet):  # which only their autoencoder can show
+            return
         steps = 1
         if isinstance(self.sampler, ODE | Jumps):  # which cannot take one
             steps = self.wanted.teacher_steps if isinstance(self.sampler, ODE) else len(self.sampler.start)
@@ -66,6 +70,8 @@ class Watch:
 
     def on_evaluate(self, ema: ConsistencyModel, step: int) -> dict[str, Any]:
         if isinstance(self.sampler, ODE):  # dozens of network calls an image: evaluated once, at the end
+            return {"frechet": {}}
+        if isinstance(self.judge.data, LatentSet):
             return {"frechet": {}}
         return {"frechet": {str(k): self.judge.frechet(self.images(ema, self.wanted.n, k)) for k in self.wanted.steps}}
 
@@ -101,6 +107,8 @@ def train_stage(
     result = train_nets(recipe, name, nets, judge, folder, device, tensorboard)
     origin = {"recipe": recipe.name, "stage": name, "step": result.last_step, "seed": recipe.seed, **record}
     origin |= {"data": data.name, "data_fingerprint": judge.data.fingerprint, "method": to_json(stage.method)}
+    if isinstance(data, LatentSet):
+        origin |= {"latents": asdict(data.scaling)}
     network, about = network_of(recipe, stage), (data.shape, data.class_names, origin)
     save_model(folder / "model", SavedModel(result.ema, network, stage.sampler, *about, ema=stage.ema.name))
     write_json(folder / "stage.json", numbers_of(result) | record | {"model_sha256": model_sha256(folder)})
@@ -137,7 +145,7 @@ def nets_of(
     recipe: Recipe,
     name: str,
     student: ConsistencyModel,
-    data: ImageSet,
+    data: TrainingSet,
     out: Path,
     device: torch.device,
     given: Given,
@@ -154,7 +162,7 @@ def nets_of(
 
 
 def check_teachers(
-    recipe: Recipe, names: list[str], data: ImageSet, out: Path, device: torch.device, given: Given
+    recipe: Recipe, names: list[str], data: TrainingSet, out: Path, device: torch.device, given: Given
 ) -> None:
     """Raises UserError now for a teacher that is already there and will not do, or that nothing will provide, and for
     missing weights of a distance."""
@@ -181,6 +189,9 @@ def clear(folder: Path) -> None:
 def evaluate_run(recipe: Recipe, judge: Judge, out: Path, device: torch.device) -> None:
     """evaluation.json and the pictures of the report: every stage from the same noise."""
     wanted, path = recipe.evaluation, out / "evaluation.json"
+    if isinstance(judge.data, LatentSet):
+        say("evaluation: left out, since latents are no images; decode samples with their autoencoder to judge them")
+        return
     hashes = {name: model_sha256(out / name) for name in recipe.stages}
     if finished(path):
         before = read_json(path).get("stages", {})
@@ -201,15 +212,25 @@ def evaluate_run(recipe: Recipe, judge: Judge, out: Path, device: torch.device) 
             images = generate(model, saved.sampler, k, range(GRID), shape, labels, wanted.seed)
             contact_sheet(images, 10, out / "report" / f"{name}-{k}step.png")
             if k == steps[0]:
-                nearest = judge.data.images[nearest_neighbours(images[:30], judge.data.images)[0]]
+                nearest = nearest_in(judge.data, images[:30])
                 neighbour_sheet(images[:30], nearest, 10, out / "report" / f"neighbours-{name}.png")
     write_json(path, {"detector": judge.detector.name, "reference": judge.reference, "stages": stages})
 
 
-def real_images(data: ImageSet, labels: torch.Tensor | None) -> Images:
+def nearest_in(data: TrainingSet, samples: Images) -> Images:
+    """The training image nearest to each sample, from one pass over the set."""
+    best, found = torch.full((len(samples),), torch.inf, dtype=torch.float64), torch.empty_like(samples)
+    for images, _ in data.chunks(AT_ONCE):
+        index, distance = nearest_neighbours(samples, images)
+        closer = distance < best
+        best[closer], found[closer] = distance[closer], images[index[closer]]
+    return found
+
+
+def real_images(data: TrainingSet, labels: torch.Tensor | None) -> Images:
     """As many real images as a sheet holds, of the classes that the samples were asked for."""
     if labels is None or data.labels is None:
-        return data.images[torch.arange(GRID) % data.n]
+        return data.pick(torch.arange(GRID) % data.n)
     of_class = [torch.nonzero(data.labels == c).flatten() for c in range(data.classes)]
     rows = [of_class[c][(i // data.classes) % len(of_class[c])] for i, c in enumerate(labels.tolist())]
-    return data.images[torch.stack(rows)]
+    return data.pick(torch.stack(rows))

@@ -17,7 +17,7 @@ from onejump import __version__
 from onejump.checkpoint import saved_steps
 from onejump.config import Recipe
 from onejump.config_json import from_json, join, to_json
-from onejump.data.image_set import ImageSet
+from onejump.data.training_set import TrainingSet
 from onejump.saved import not_written, write_json
 from onejump.types import UserError
 
@@ -85,7 +85,7 @@ def has_begun(folder: Path) -> bool:
     return (folder / "stage.json").exists() or bool(saved_steps(folder / "checkpoints"))
 
 
-def check_run(recipe: Recipe, data: ImageSet, out: Path) -> list[Change]:
+def check_run(recipe: Recipe, data: TrainingSet, out: Path) -> list[Change]:
     """What is new against the folder's recipe.json. Raises UserError if its results would be another run's.
 
     What has not begun may change, and so may a few fields of the stage that is training.
@@ -95,7 +95,7 @@ def check_run(recipe: Recipe, data: ImageSet, out: Path) -> list[Change]:
     if not (out / "recipe.json").exists():
         return []
     old, run = read_json(out / "recipe.json"), read_json(out / "run.json")
-    found = list(changes(old, to_json(recipe)))
+    found = list(changes(to_json(from_json(old)), to_json(recipe)))  # with the fields that are newer than the run
     begun = [path.name for path in out.iterdir() if has_begun(path)]
     if not begun:
         return found
@@ -124,7 +124,7 @@ def _bearable(change: Change, recipe: Recipe, out: Path) -> bool:
     return (longer or field.split(".")[0] in WHILE_IT_TRAINS) and not (out / stage / "stage.json").exists()
 
 
-def open_run(recipe: Recipe, data: ImageSet, out: Path, device: torch.device, command: str) -> None:
+def open_run(recipe: Recipe, data: TrainingSet, out: Path, device: torch.device, command: str) -> None:
     """Writes recipe.json and run.json, or what is new in them; within `alone`. Raises UserError as check_run does.
 
     `command` joins those before it where one of them began a stage with --init: only together they are the run.
@@ -147,7 +147,7 @@ def open_run(recipe: Recipe, data: ImageSet, out: Path, device: torch.device, co
             write_json(out / "run.json", run | {"command": command})
 
 
-def about_run(recipe: Recipe, data: ImageSet, device: torch.device, command: str) -> dict[str, Any]:
+def about_run(recipe: Recipe, data: TrainingSet, device: torch.device, command: str) -> dict[str, Any]:
     """The content of run.json."""
     about = {"name": data.name, "n": data.n, "shape": list(data.shape), "classes": data.classes}
     return {

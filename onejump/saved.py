@@ -6,29 +6,33 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from onejump import __version__
 from onejump.checkpoint import why_not_written
 from onejump.config import Network, OneJump
 from onejump.config_json import from_json, to_json
 from onejump.model import ConsistencyModel
+from onejump.networks.layers import empty_network
 from onejump.precond import EDM
-from onejump.samplers import Sampler
-from onejump.tensor_file import MAX_HEADER, Entry, open_tensors, write_tensors
+from onejump.samplers import ODE, Jumps, Multistep, Sampler, Trajectory
+from onejump.tensor_file import MAX_HEADER, Entry, looks_like_tensors, open_tensors, write_tensors
 from onejump.types import UserError
 
 CONFIG, WEIGHTS, SINGLE = "config.json", "model.safetensors", ".safetensors"
 KEY, KEY_SHA256 = "onejump", "onejump_sha256"  # of the metadata of a single file: the configuration, and its checksum
 FORMAT = 2  # 1 knew no licence and no ema
+LICENCES = (  # that the Hub knows by these names; of all others it wants to be told the name
+    *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "openrail", "gpl-3.0", "lgpl-3.0"),
+    *(f"cc-by{kind}-{version}" for version in ("2.0", "3.0", "4.0") for kind in ("", "-sa", "-nc", "-nc-sa", "-nc-nd")),
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,21 @@ class SavedModel:
     ema: str = ""
 
 
+def usual_steps(sampler: Sampler) -> int:
+    """A number of steps that this sampler can make."""
+    if isinstance(sampler, Jumps):
+        return len(sampler.start)
+    return {Multistep: 1, Trajectory: 1, ODE: 18}[type(sampler)]
+
+
+def licence_on_hub(licence: str) -> dict[str, str]:
+    """What a model card's header says of it; nothing if it is not stated."""
+    name = re.sub(r"[^a-z0-9.]+", "-", licence.lower()).strip("-")
+    if not name or name in LICENCES:
+        return {"license": name} if name else {}
+    return {"license": "other", "license_name": name}
+
+
 def save_model(path: str | Path, saved: SavedModel, weights: Mapping[str, Tensor] | None = None) -> None:
     """Writes a folder, or a single file if the path ends in .safetensors. Raises UserError if it cannot.
 
@@ -56,7 +75,7 @@ def save_model(path: str | Path, saved: SavedModel, weights: Mapping[str, Tensor
     all that is needed. In a folder config.json, with the checksum of the weights, comes last.
     """
     path = Path(path)
-    single = path.suffix == SINGLE
+    single = path.suffix.lower() == SINGLE
     file = path if single else path / WEIGHTS
     if weights is None:
         weights = saved.model.net.state_dict()
@@ -131,6 +150,21 @@ def _put_in_place(draft: Path, path: Path) -> None:
     os.replace(draft, path)
 
 
+def check_new(out: Path, folder: bool, over: bool = False) -> None:
+    """Raises UserError unless `out` can become a folder (new, or empty), or else a file (over: in place of another)."""
+    parent = next(above for above in out.absolute().parents if above.exists())
+    if not parent.is_dir():
+        raise UserError(f"{out}: {parent} is a file; name a folder that exists or can be made")
+    if folder and out.is_file():
+        raise UserError(f"{out}: is a file; name a folder that is new or empty")
+    if folder and out.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: this folder is not empty; name one that is new or empty")
+    if not folder and out.is_dir():
+        raise UserError(f"{out}: is a folder; name a file")
+    if not folder and not over and out.exists():
+        raise UserError(f"{out}: is there already; give another name")
+
+
 def not_written(path: Path, error: Exception) -> UserError:
     """What to say, and the way out, when a file could not be written."""
     reason, way_out = why_not_written(error)
@@ -173,7 +207,18 @@ def model_sha256(path: Path) -> str:
 
 
 def _place(path: Path) -> Path:
-    return path if path.is_file() else model_folder(path)
+    """The single file, or the folder, that this path means. Raises UserError for other programs' files."""
+    if not path.is_file():
+        return model_folder(path)
+    if path.suffix.lower() in (".onnx", ".pt2"):
+        raise UserError(f"{path}: an exported graph, for other programs; name the model that it was made from")
+    if path.suffix.lower() != SINGLE and not looks_like_tensors(path):
+        raise UserError(f"{path}: no model of onejump's; {_import_first(path)}")
+    return path
+
+
+def _import_first(path: Path) -> str:
+    return f"a published one has to be imported first: onejump import {path} MODEL"
 
 
 def _content(place: Path) -> dict[str, Any]:
@@ -183,12 +228,14 @@ def _content(place: Path) -> dict[str, Any]:
             text = file.read(MAX_HEADER + 1)
         if len(text) > MAX_HEADER:
             raise ValueError(f"{CONFIG} is longer than {MAX_HEADER:,} bytes")
-        return json.loads(text)
+        content = json.loads(text)
+        if "_class_name" in content and "format" not in content:
+            raise ValueError(f"it is a part of a diffusers model; {_import_first(place)}")
+        return content
     metadata = open_tensors(place).metadata
     if KEY not in metadata:
         raise ValueError(
-            f"no {KEY!r} in its metadata: a published model has to be imported first; for the weights of a folder with "
-            f"{CONFIG}, name the folder"
+            f"no {KEY!r} in its metadata: if it belongs to a folder with {CONFIG} or model_index.json, name the folder"
         )
     if hashlib.sha256(metadata[KEY].encode()).hexdigest() != metadata.get(KEY_SHA256):
         raise ValueError("the checksum of its configuration is wrong; copy it again")
@@ -214,30 +261,6 @@ def _rebuilt(content: dict[str, Any]) -> SavedModel:
     return SavedModel(model, network, sampler, shape, names, provenance, licence, ema)
 
 
-class _NothingDrawn(TorchFunctionMode):
-    """Weights get no memory, and what would be drawn at random no values; the few constants are computed.
-
-    With torch.device("meta") instead, torch would import its compiler to compute those, for seconds.
-    """
-
-    def __torch_function__(
-        self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.empty:  # of torch's layers
-            return func(*args, **kwargs | {"device": "meta"})
-        if func is nn.init.normal_:
-            return kwargs["tensor"]
-        return (torch.empty if func in (torch.randn, torch.rand) else func)(*args, **kwargs)
-
-
-def empty_network(network: Network) -> nn.Module:
-    """The network on the meta device: names, shapes and kinds of its weights, and no memory for them."""
-    with _NothingDrawn():
-        net = network.build()
-    return net.to("meta")
-
-
 @contextmanager
 def _explained(place: Path) -> Iterator[None]:
     """Whatever is wrong with a model becomes one line that names it."""
@@ -257,6 +280,8 @@ def model_folder(path: Path) -> Path:
     for folder in (path, path / "model"):
         if (folder / CONFIG).is_file():
             return folder
+    if (path / "model_index.json").is_file():
+        raise UserError(f"{path}: a diffusers model; {_import_first(path)}")
     for name in reversed(_stages(path / "recipe.json")):
         folder = path / name / "model"
         if (folder / CONFIG).is_file() and (path / name / "stage.json").is_file():

@@ -10,9 +10,11 @@ import torch
 
 from onejump.analytic import AnalyticPrecond
 from onejump.config import Distilling, Network, Recipe
+from onejump.config_json import to_json
 from onejump.fit import network_of
 from onejump.methods.dsm import DSM
 from onejump.model import ConsistencyModel
+from onejump.overrides import value_text
 from onejump.precond import EDM, Euler
 from onejump.run_record import has_begun
 from onejump.saved import load_model, model_sha256
@@ -125,7 +127,11 @@ def starting_model(recipe: Recipe, name: str, start: Start) -> ConsistencyModel:
     if start.source is not None:
         saved = load_model(start.source)
         if not starts_from(network, saved.network):
-            raise UserError(f"{start.source}: its network is {saved.network}, {name} has {network}")
+            differing = " ".join(differences(network, saved.network))
+            way_out = (
+                f"give {differing}" if differing else f"it reads a second time, as CTM's do, and {name}'s does not"
+            )
+            raise UserError(f"{start.source}: its network is not that of {name}; {way_out}, or another model")
         assert isinstance(saved.model.precond, EDM)
         theirs, ours = saved.model.precond.sigma_data, stage.precond.sigma_data
         if theirs != ours:
@@ -142,6 +148,15 @@ def starts_from(network: Network, source: Network) -> bool:
     """Whether the weights of one are weights of the other, which may read a second time in addition."""
     adds = source.second_time == "off" or network.second_time != "off"
     return adds and _weights(network) == _weights(source)
+
+
+def differences(network: Network, source: Network) -> list[str]:
+    """The overrides of a recipe that make its network the source's, but for what weights do not depend on."""
+    same = type(network) is type(source)
+    before, after = _weights(network if same else type(source)()), _weights(source)
+    values = to_json(source)
+    changed = [f"network.{name}={value_text(values[name])}" for name in after if after[name] != before[name]]
+    return changed if same else [f"network={type(source).__name__}", *changed]
 
 
 def _weights(network: Network) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from onejump.analytic_jump import Analytic
 from onejump.analytic_page import cost, write_table_page
 from onejump.analytic_table import Estimator, Table, load_table, save_table
 from onejump.config import SIGMA_MAX, SIGMA_MIN, Recipe
-from onejump.data.image_set import ImageSet
+from onejump.data.training_set import TrainingSet
 from onejump.fit import images_for
 from onejump.metrics_log import progress_of
 from onejump.precond import EDM, ToData
@@ -28,7 +28,7 @@ class Teacher:
     path: Path
 
 
-def load_teacher(recipe: Recipe, name: str, path: Path, data: ImageSet, device: torch.device) -> Teacher:
+def load_teacher(recipe: Recipe, name: str, path: Path, data: TrainingSet, device: torch.device) -> Teacher:
     """The teacher of stage `name`, on the device. Raises UserError if it cannot teach these images."""
     saved = load_model(path)
     check_diffusion(saved, path, "; give one with --teacher")
@@ -49,7 +49,7 @@ def check_diffusion(saved: SavedModel, path: Path, way_out: str = "") -> None:
         raise UserError(f"{path}: not a diffusion model (trained by DSM), which is what a teacher must be{way_out}")
 
 
-def check_images(saved: SavedModel, path: Path, data: ImageSet) -> None:
+def check_images(saved: SavedModel, path: Path, data: TrainingSet) -> None:
     """Whether the teacher knows images of this shape, and their classes."""
     if saved.shape != data.shape:
         theirs, ours = ("x".join(map(str, shape)) for shape in (saved.shape, data.shape))
@@ -60,7 +60,7 @@ def check_images(saved: SavedModel, path: Path, data: ImageSet) -> None:
 
 
 @torch.no_grad()
-def check_finite(saved: SavedModel, path: Path, data: ImageSet, device: torch.device) -> None:
+def check_finite(saved: SavedModel, path: Path, data: TrainingSet, device: torch.device) -> None:
     """One pass at 16 times over the whole range: what is not finite now would ruin the training unseen."""
     t = karras_grid(16, SIGMA_MIN, SIGMA_MAX, device=device).float()
     x0, cond = images_for(saved.network, data).batch(0, len(t), seed=0, device=device)
@@ -70,7 +70,7 @@ def check_finite(saved: SavedModel, path: Path, data: ImageSet, device: torch.de
         raise UserError(f"{path}: this teacher's output is not finite at t = {at:.4g}; it cannot teach")
 
 
-def jump_of(wanted: AnalyticPrecond, teacher: Teacher, data: ImageSet, folder: Path, name: str) -> Analytic:
+def jump_of(wanted: AnalyticPrecond, teacher: Teacher, data: TrainingSet, folder: Path, name: str) -> Analytic:
     """The jump computed from this teacher: from the table given, or the one in `folder`, estimated unless it is that.
 
     A stage killed before its first checkpoint may be given another teacher, other images or another estimator.
@@ -83,7 +83,7 @@ def jump_of(wanted: AnalyticPrecond, teacher: Teacher, data: ImageSet, folder: P
     return jump_in(path, wanted, teacher)
 
 
-def is_of(path: Path, teacher: Teacher, data: ImageSet, estimator: Estimator) -> bool:
+def is_of(path: Path, teacher: Teacher, data: TrainingSet, estimator: Estimator) -> bool:
     """Whether the file is a whole table of this teacher from these images, estimated this way."""
     try:
         table = load_table(path)
@@ -104,7 +104,7 @@ def jump_in(path: Path, wanted: AnalyticPrecond, teacher: Teacher) -> Analytic:
 
 
 def estimate_table(
-    saved: SavedModel, sha256: str, data: ImageSet, estimator: Estimator, path: Path, title: str
+    saved: SavedModel, sha256: str, data: TrainingSet, estimator: Estimator, path: Path, title: str
 ) -> Table:
     """Estimates and writes the table of this teacher; a second call goes on where the first was killed."""
     assert isinstance(saved.model.precond, EDM), "check_diffusion has let it pass"

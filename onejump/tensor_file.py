@@ -96,6 +96,22 @@ def write_tensors(
     return digest.hexdigest()
 
 
+def sha256_of(tensors: Mapping[str, Tensor]) -> str:
+    """The checksum of the file that write_tensors would write."""
+    entries = _sorted({name: Entry(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
+    digest = hashlib.sha256(header_of(entries, {}))
+    for name in entries:
+        for chunk in _chunks(tensors[name]):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def looks_like_tensors(path: Path) -> bool:
+    """Whether it begins as a file of this layout. Raises OSError."""
+    with open(path, "rb") as file:
+        return file.read(10)[8:] == b'{"'
+
+
 def header_of(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
     """The first bytes of a file with these tensors in this order, up to the data."""
     content: dict[str, Any] = {"__metadata__": metadata} if metadata else {}

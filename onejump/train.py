@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from onejump.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint, saved_steps
 from onejump.config import Stage
-from onejump.data.image_set import ImageSet
+from onejump.data.augment import Seeded
+from onejump.data.training_set import TrainingSet
 from onejump.methods.base import Nets, Stats
 from onejump.metrics_log import Progress, RunLog
 from onejump.model import ConsistencyModel
@@ -30,6 +32,7 @@ from onejump.run_state import Run
 from onejump.types import Cond, Samples, UserError
 
 SKIPS_IN_A_ROW = 10
+AUGMENT = -1  # the number of a pass that no micro-batch has
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Interrupted(Exception):
 def train(
     stage: Stage,
     nets: Nets,
-    data: ImageSet,
+    data: TrainingSet,
     out: Path,
     *,
     seed: int,
@@ -84,7 +87,8 @@ def train(
     """Train nets.student for stage.steps steps, counted from first_step, or go on from the last checkpoint in `out`.
 
     Both callbacks get the EMA model; what on_evaluate returns becomes a line of evaluations.jsonl. Raises Interrupted
-    after SIGINT or SIGTERM, and UserError after 10 steps in a row whose loss or gradient was not finite.
+    after SIGINT or SIGTERM, and UserError after 10 steps in a row whose loss or gradient was not finite, and where the
+    data cannot be read, after a checkpoint of the steps done.
     """
     device, folder, last_step = torch.device(device), out / "checkpoints", first_step + stage.steps
     run = Run.start(stage, nets, first_step, device)
@@ -100,7 +104,7 @@ def train(
             reports.at_step()  # a kill may have come between the checkpoint and its reports
         while run.step < last_step:
             began = time.perf_counter()
-            x0, cond = data.batch(run.step, stage.batch // world, seed, rank, world, device)
+            x0, cond = samples_of(data, stage, run, folder, seed, rank, world, device)
             run.set_rate(stage.rate.rate(run.step, (run.step - first_step) / stage.steps))
             normalize_weights(nets.student)  # of EDM2's network; here, so that the EMA has them as the steps left them
             seed_of = functools.partial(mix, seed, run.step, rank)
@@ -149,6 +153,26 @@ def check(stage: Stage, step: int, last_step: int, world: int) -> None:
         )
     if stage.batch % world:
         raise UserError(f"batch: {stage.batch} images do not divide among {world} processes")
+
+
+def samples_of(
+    data: TrainingSet, stage: Stage, run: Run, folder: Path, seed: int, rank: int, world: int, device: torch.device
+) -> tuple[Samples, Cond]:
+    """The samples of the step to come, and what the network is told of each: its class, and how it was augmented."""
+    try:
+        x0, cond = data.batch(run.step, stage.batch // world, seed, rank, world, device)
+    except UserError as error:
+        if run.train_seconds == 0:  # nothing to lose
+            raise
+        if run.step not in saved_steps(folder):
+            save_checkpoint(folder, run.step, *run.packed())
+        raise UserError(f"{error}; training stopped after step {run.step}, which is saved") from error
+    if stage.augment is None:
+        return x0, cond
+    x0, labels = stage.augment(x0, Seeded.of(mix(seed, run.step, rank, AUGMENT)))
+    if cond is None:
+        return x0, labels
+    return x0, torch.cat([one_hot(cond, data.classes).to(labels), labels], 1)
 
 
 def due(step: int, interval: int, last_step: int) -> bool:

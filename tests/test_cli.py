@@ -80,56 +80,7 @@ def test_sample_finds_the_model_in_a_run_a_stage_or_its_own_folder(out, tmp_path
     assert (found[0] == found[1]).all() and (found[0] == found[2]).all()
 
 
-# ---------------------------------------------------------------------------------- evaluate, report, show, dry run
-
-
-def test_evaluate_tells_what_a_number_rests_on_and_repeats_it(out, tmp_path, capsys):
-    path = tmp_path / "numbers.json"
-    argv = ["evaluate", str(out), "--n", "30", "--seed", "7", "--json", "--out", str(path)]
-    assert main(argv) == 0
-    first = json.loads(capsys.readouterr().out)
-    assert first == json.loads(path.read_text())
-    assert main(argv) == 0
-    second = json.loads(capsys.readouterr().out)
-    reference = first["reference"]
-    assert len(reference["fingerprint"]) == len(reference["detector_sha256"]) == 64
-    assert reference["detector"] == "digits-64" and reference["n"] == 1797
-    assert [(k, found["n"], found["seed"], found["times"]) for k, found in first["steps"].items()] == [
-        ("1", 30, 7, [80.0]),
-        ("2", 30, 7, [80.0, 1.0]),
-    ]
-    assert first["model_sha256"] == record(out / "stage2" / "stage.json")["model_sha256"]
-    assert first["provenance"]["stage"] == "stage2" and first["provenance"]["step"] == 10
-    for one in (first, second):
-        for found in one["steps"].values():
-            del found["seconds"]
-    assert first == second
-
-
-def test_evaluate_gives_the_numbers_of_the_run(out, capsys):
-    assert main(["evaluate", str(out), "--n", "40", "--steps", "1", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["steps"]["1"]
-    stored = json.loads((out / "evaluation.json").read_text())["stages"]["stage2"]["steps"]["1"]
-    assert found | {"seconds": 0} == stored | {"seconds": 0}
-
-
-def test_a_model_is_judged_by_images_without_its_labels(out, tmp_path, capsys):
-    from onejump.data.digits import digits
-
-    for k, image in enumerate(digits().images[:30, 0]):
-        Image.fromarray(image.numpy()).save(tmp_path / f"{k:02}.png")
-    assert main(["evaluate", str(out), "--n", "20", "--json", "--data", str(tmp_path)]) == 0
-    reference = json.loads(capsys.readouterr().out)["reference"]
-    assert reference["n"] == 30 and reference["detector"] == "pixels-8x8"
-
-
-def test_evaluate_prints_a_table(out, tmp_path, capsys):
-    assert main(["evaluate", str(out), "--n", "40", "--out", str(tmp_path / "numbers.json")]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    for k, found in record(tmp_path / "numbers.json")["steps"].items():
-        sure = found["confidence"]
-        shares = [f"{share:.1%}" for share in (sure["mean"], sure["as_asked"], found["balance_distance"])]
-        assert ["stage2", k, k, f"{found['frechet']:.3f}", *shares] in rows
+# ---------------------------------------------------------------------------------- report, show, dry run
 
 
 def test_a_teachers_samples_are_told_by_their_steps_and_cost(out, tmp_path, capsys):

@@ -21,7 +21,7 @@ from onejump.analytic_page import BACKWARD, EULER, FORWARD, cost, difference
 from onejump.analytic_table import Estimator, load_table
 from onejump.cli import main
 from onejump.data.digits import digits
-from onejump.data.folder import load_images
+from onejump.data.load import load_images
 from onejump.model import ConsistencyModel
 from onejump.networks import MLPConfig
 from onejump.precond import Euler

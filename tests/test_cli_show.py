@@ -145,14 +145,23 @@ def test_a_recipe_tells_what_each_stage_holds_besides_the_student(capsys):
 
 def test_a_published_recipe_is_told_without_its_images(capsys):
     text = shown(capsys, "ctm-cifar10-uncond", "--batch", "1")
-    assert value(text, "parameters") == "55,732,739" and "42.38 GFLOP" in text
+    assert value(text, "parameters") == "60,395,267" and "42.39 GFLOP" in text
     assert "the teacher (212.6 MiB)" in text and "CTM, 200,000 steps of 256 images" in text
+
+
+def test_a_recipe_tells_the_cost_of_each_network(capsys):
+    """CTM's student reads a second time: 86,784 parameters more than its teacher."""
+    text = shown(capsys, "digits-ctm", "--batch", "1")
+    counts = {name: re.search(rf"Cost of {name} .*\n +parameters +(.*)", text)[1] for name in ("teacher", "ctm")}
+    assert counts == {"teacher": "749,089", "ctm": "835,873"}
+    assert "Cost (float32" in shown(capsys, "digits", "--batch", "1")
 
 
 def test_a_run_is_told_by_its_last_stage(tmp_path, capsys):
     run = finished_run(tmp_path)
     capsys.readouterr()
     text = shown(capsys, run)
+    assert f"{run}: stage2, its last finished stage" in text
     assert value(text, "stage") == "stage2" and value(text, "method") == "TCM"
 
 
@@ -163,7 +172,13 @@ def test_a_run_is_told_by_its_last_stage(tmp_path, capsys):
         (["digits", "--curve", "c.png"], "end it with .svg"),
         (["digits", "--batch", "0"], "--batch 0"),
         (["digitz"], "did you mean digits"),
+        (["digitz"], "no such file or folder"),
     ],
 )
 def test_mistakes_are_refused(capsys, argv, words):
     assert words in said(capsys, ["show", *argv], 2)
+
+
+@pytest.mark.parametrize("option", ["--data", "--size"])
+def test_what_belongs_to_recipes_is_refused_for_a_model(tmp_path, capsys, option):
+    assert f"{option}: goes with a recipe" in said(capsys, ["show", saved_at(tmp_path / "m"), option, "9"], 2)

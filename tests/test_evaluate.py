@@ -7,7 +7,7 @@ from onejump.data.digits import digits
 from onejump.data.image_set import ImageSet
 from onejump.evaluate import Judge, detector_for, evaluate
 from onejump.evaluation.features import DigitsDetector, PixelDetector
-from onejump.evaluation.metrics import frechet_distance
+from onejump.evaluation.statistics import frechet_distance
 from onejump.model import ConsistencyModel
 from onejump.networks.mlp import MLPConfig
 from onejump.samplers import ODE, Multistep

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import logging
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ import torch
 from saved_setup import NETWORKS, TINY, assert_same, saved_model
 
 import onejump
-from onejump.hub import Generator
+from onejump.hub import Generator, model_card
 from onejump.samplers import ODE, Jumps
 from onejump.saved import load_model, save_model
 from onejump.types import UserError
@@ -40,8 +41,24 @@ def test_round_trip_is_bit_exact(tmp_path, kind):
         "model.safetensors",
     ]
     assert_same(load_model(tmp_path / "it"), made.saved)  # it is our folder
-    save_model(tmp_path / "ours", made.saved)
-    assert_same(Generator.from_pretrained(str(tmp_path / "ours")).saved, made.saved)
+    save_model(tmp_path / "ours.safetensors", made.saved)
+    assert_same(Generator.from_pretrained(str(tmp_path / "ours.safetensors")).saved, made.saved)
+
+
+def test_a_folder_without_a_config_of_its_own_is_read_in_silence(tmp_path, caplog):
+    """As a stage's: the model is below it."""
+    saved = saved_model(TINY, ())
+    save_model(tmp_path / "stage" / "model", saved)
+    logging.getLogger("huggingface_hub").addHandler(caplog.handler)
+    assert_same(Generator.from_pretrained(tmp_path / "stage").saved, saved)
+    assert not caplog.records
+
+
+def test_the_card_of_an_imported_model_says_so():
+    origin = {"kind": "EDM pickle", "imported_from": "edm.pkl", "source_sha256": "0" * 64}
+    card = model_card(replace(saved_model(TINY, ()), provenance=origin))
+    assert "Imported with onejump" in card and "Made with" not in card
+    assert "| kind | EDM pickle |" in card and "| imported from | edm.pkl |" in card and "0" * 64 in card
 
 
 def test_the_model_is_not_copied_to_describe_it():

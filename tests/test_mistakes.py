@@ -28,7 +28,7 @@ def out(tmp_path_factory):
         (["run", "digits", "--device", "meta"], "--device meta: not usable here; there are cpu"),
         (["run", "digits", "--size", "16"], "the digits are 8x8"),
         (["run", "digits", "--data", ""], "--data: the path is empty"),
-        (["run", "digits", "--data", "nowhere"], "nowhere: no such folder or zip file"),
+        (["run", "digits", "--data", "nowhere"], "nowhere: no such folder or file"),
         (["run", "digits", "network.label_dim=7"], "network.label_dim: 7, but the images (digits) have 10 classes"),
         (
             ["run", "digits", "stage1.precond.sigma_data=0.7"],
@@ -38,7 +38,7 @@ def out(tmp_path_factory):
         (["train", "digits"], "there are teacher, stage1, stage2"),
         (["train", "digits", "--stage", "stage_1"], "did you mean stage1?"),
         (["train", "digits-ict", "count_on=true"], "count_on"),
-        (["show", "nowhere"], "nowhere: no such folder, and no such recipe (digits, digits-ict,"),
+        (["show", "nowhere"], "nowhere: no such file or folder, and no such recipe (digits, digits-ict,"),
         (["report", "nowhere"], "nowhere: not a run's folder"),
         (["sample", "nowhere"], "nowhere: no such file or folder"),
         (["sample", "."], ".: no model there"),

@@ -18,9 +18,10 @@ from onejump.cli import main
 from onejump.config_json import from_json
 from onejump.ema import ConstantEMA, PowerEMA
 from onejump.model import ConsistencyModel
+from onejump.networks.layers import empty_network
 from onejump.precond import ToData
 from onejump.samplers import ODE, Trajectory
-from onejump.saved import empty_network, load_model, model_folder, model_sha256, save_model
+from onejump.saved import load_model, model_folder, model_sha256, save_model
 from onejump.types import UserError
 
 

@@ -155,8 +155,21 @@ def test_foreign_weights_are_told_from_ours(tmp_path, folder, capsys):
     save_file({"a": torch.ones(2)}, tmp_path / "foreign.safetensors", {"format": "pt"})
     assert "no 'onejump' in its metadata" in refusal(capsys, tmp_path / "foreign.safetensors")
     line = refusal(capsys, folder / "model.safetensors")
-    assert "for the weights of a folder with config.json, name the folder" in line
-    assert "no safetensors file" in refusal(capsys, folder / "config.json")
+    assert "if it belongs to a folder with config.json or model_index.json, name the folder" in line
+
+
+def test_what_other_programs_wrote_is_told_to_be_imported_first(tmp_path, capsys):
+    (tmp_path / "net.pkl").write_bytes(pickle.dumps({"ema": 1}))
+    assert f"has to be imported first: onejump import {tmp_path / 'net.pkl'} MODEL" in refusal(
+        capsys, tmp_path / "net.pkl"
+    )
+    (tmp_path / "x.onnx").write_bytes(b"\x08\x08")
+    assert "an exported graph" in refusal(capsys, tmp_path / "x.onnx")
+    (tmp_path / "pipe" / "unet").mkdir(parents=True)
+    (tmp_path / "pipe" / "model_index.json").write_text("{}")
+    (tmp_path / "pipe" / "unet" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    for place in (tmp_path / "pipe", tmp_path / "pipe" / "unet"):
+        assert f"onejump import {place} MODEL" in refusal(capsys, place)
 
 
 def test_a_full_disk_leaves_the_model_that_was_there(tmp_path):

@@ -36,11 +36,13 @@ fit config_json cost
 overrides saved recipes estimate run_state run_folder
 importers exporters hub
 reference
+judge parts
 train evaluate report_charts run_record
 search_times
 report start
 teacher
 pipeline
+compare_models
 compare
 compare_page
 cli_input cli_results

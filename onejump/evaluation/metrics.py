@@ -1,4 +1,7 @@
-"""Distances between sets of images and counts over them: float64, exact, nothing random."""
+"""Kernel distance, inception score, nearest images and counts over samples: float64 and exact.
+
+Frechet distances are in `statistics`, precision and recall in `manifold`.
+"""
 
 from dataclasses import dataclass
 
@@ -6,50 +9,9 @@ import torch
 from jaxtyping import Float, Float64, Int64, UInt8
 from torch import Tensor
 
-from onejump.types import Features, Images, UserError
+from onejump.types import Images, UserError
 
 ROWS = 2048  # rows of a table of pairs held at once
-
-
-@dataclass(frozen=True, eq=False)
-class GaussianStatistics:
-    """Mean [d] and unbiased covariance [d, d] of n features: all that a Frechet distance needs of a set."""
-
-    mean: Float64[Tensor, " d"]
-    covariance: Float64[Tensor, "d d"]
-    n: int
-
-    @classmethod
-    def of(cls, features: Features) -> "GaussianStatistics":
-        if len(features) < 2:
-            raise UserError(f"{len(features)} images: a covariance needs at least 2")
-        x = features.double().cpu()
-        mean = x.mean(0)
-        x = x - mean
-        return cls(mean, x.T @ x / (len(x) - 1), len(x))
-
-
-def frechet_distance(
-    a: Float[Tensor, "n d"] | GaussianStatistics, b: Float[Tensor, "m d"] | GaussianStatistics
-) -> float:
-    """Frechet distance of the Gaussians fitted to two sets of features (Heusel et al. 2017, eq. 6; FID on Inception's).
-
-    |mu_a - mu_b|^2 + tr A + tr B - 2 tr (A^1/2 B A^1/2)^1/2. The last trace is the sum of the singular values of
-    A^1/2 B^1/2, with symmetric roots by `eigh`: never complex, and exact also where n < d makes A or B singular.
-    Biased upwards for small sets: compare only distances of equal n. Raises UserError for fewer than 2 images.
-    """
-    a, b = (x if isinstance(x, GaussianStatistics) else GaussianStatistics.of(x) for x in (a, b))
-    if a.mean.shape != b.mean.shape:
-        raise UserError(f"features of {len(a.mean)} and of {len(b.mean)} dimensions: use one detector for both sets")
-    cross = torch.linalg.svdvals(_root(a.covariance) @ _root(b.covariance)).sum()
-    distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
-    return max(distance.item(), 0.0)
-
-
-def _root(covariance: Tensor) -> Tensor:
-    """Symmetric square root of a positive semi-definite matrix."""
-    values, vectors = torch.linalg.eigh(covariance)
-    return vectors * values.clamp(min=0).sqrt() @ vectors.T
 
 
 def kid(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> float:
@@ -64,6 +26,47 @@ def kid(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> float:
     within_a = (_kernel_sum(a, a) - _kernel(a.square().sum(1), a.shape[1]).sum()) / (n * (n - 1))
     within_b = (_kernel_sum(b, b) - _kernel(b.square().sum(1), b.shape[1]).sum()) / (m * (m - 1))
     return (within_a + within_b - 2 * _kernel_sum(a, b) / (n * m)).item()
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and standard deviation of a number over subsets of the samples."""
+
+    mean: float
+    std: float
+
+
+def kid_subsets(
+    a: Float[Tensor, "n d"], b: Float[Tensor, "m d"], subsets: int = 100, size: int = 1000, seed: int = 0
+) -> Spread:
+    """The kernel distance of random subsets, `size` of each set without repetition (Binkowski et al. 2018, section 4).
+
+    As unbiased as `kid`, and affordable for large sets. Sets smaller than `size` enter whole. The spread is that of
+    one subset's value, not of the mean. Deterministic for equal arguments.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    values = []
+    for _ in range(subsets):
+        rows, columns = (torch.randperm(len(x), generator=generator)[:size].to(x.device) for x in (a, b))
+        values.append(kid(a[rows], b[columns]))
+    found = torch.tensor(values, dtype=torch.float64)
+    return Spread(found.mean().item(), found.std(correction=0).item())
+
+
+def inception_score(probabilities: Float[Tensor, "n classes"], splits: int = 10) -> Spread:
+    """exp of the mean KL(p(y|x) || p(y)) over the images of a split; mean and spread over the splits.
+
+    Salimans et al. 2016, section 4. Between 1 (every image reads the same) and the number of classes (each read surely,
+    all equally often). Splits are runs of neighbours, as even as n allows.
+    """
+    if not 1 <= splits <= len(probabilities):
+        raise UserError(f"splits: {splits}; from 1 to the {len(probabilities)} images")
+    scores = []
+    for p in probabilities.double().cpu().tensor_split(splits):
+        divergence = torch.special.xlogy(p, p) - torch.special.xlogy(p, p.mean(0))
+        scores.append(divergence.sum(1).mean().exp())
+    found = torch.stack(scores)
+    return Spread(found.mean().item(), found.std(correction=0).item())
 
 
 def _kernel(products: Tensor, d: int) -> Tensor:

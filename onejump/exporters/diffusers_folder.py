@@ -18,28 +18,37 @@ from torch import Tensor
 from onejump import __version__
 from onejump.config_json import to_json
 from onejump.networks.adm_unet import ADMUNetConfig
-from onejump.networks.diffusers_config import not_a_unet, unet_config
+from onejump.networks.diffusers_config import (
+    ORIGINAL,
+    OUR_UNET,
+    OURS,
+    PIPELINE,
+    SCHEDULER,
+    STORED,
+    not_a_unet,
+    unet_config,
+)
 from onejump.networks.diffusers_weights import NOISE_SCALE, REFIT_TIMES, REFITTED, to_unet
 from onejump.networks.mlp import MLPConfig
 from onejump.precond import CM, EDM, ToData
 from onejump.samplers import Multistep, refuse_below
-from onejump.saved import SavedModel, not_written, write_json
+from onejump.saved import SavedModel, licence_on_hub, not_written, write_json
 from onejump.tensor_file import write_tensors
 from onejump.types import UserError
 
 DIFFUSERS = "0.42.1"  # the version whose layout this is
 TIMES = 201  # of the scheduler's grid, an odd number: its second of two steps is the middle one
 PLACE = "onejump.exporters.onejump_unet"  # of OneJumpUNet and OneJumpPipeline
-PIPELINE = "ConsistencyModelPipeline"
 
 
-def export_diffusers(saved: SavedModel, folder: Path) -> None:
+def export_diffusers(saved: SavedModel, folder: str | Path) -> None:
     """Writes the folder, model_index.json last.
 
     Raises UserError for models that this pipeline cannot sample: it jumps to the data from falling times, and gives
     the network one time. And if the folder cannot be written.
     """
     check(saved)
+    folder = Path(folder)
     network, weights = saved.network, saved.model.net.state_dict()
     why = why_not_stock(saved)
     assert not isinstance(network, MLPConfig)
@@ -49,11 +58,11 @@ def export_diffusers(saved: SavedModel, folder: Path) -> None:
         unet, tensors = our_unet(saved), {f"net.{name}": tensor for name, tensor in weights.items()}
     sha256 = write_weights(folder / "unet/diffusion_pytorch_model.safetensors", tensors)
     if isinstance(network, ADMUNetConfig) and not why and network.noise_scale != NOISE_SCALE:
-        write_weights(folder / "onejump.safetensors", {REFITTED: weights[REFITTED]})
+        write_weights(folder / ORIGINAL, {REFITTED: weights[REFITTED]})
     version = {"_diffusers_version": DIFFUSERS}
     write_json(folder / "unet/config.json", unet | version)
     write_json(folder / "scheduler/scheduler_config.json", scheduler(saved) | version)
-    write_json(folder / "onejump.json", for_the_way_back(saved) | {"sha256": sha256})
+    write_json(folder / OURS, for_the_way_back(saved) | {"sha256": sha256})
     readme = folder / "README.md"
     try:
         readme.write_text(card(saved, why), encoding="utf-8")
@@ -61,7 +70,7 @@ def export_diffusers(saved: SavedModel, folder: Path) -> None:
         raise not_written(readme, error) from error
     parts = {
         "unet": ["diffusers" if unet["_class_name"] == "UNet2DModel" else PLACE, unet["_class_name"]],
-        "scheduler": ["diffusers", "CMStochasticIterativeScheduler"],
+        "scheduler": ["diffusers", SCHEDULER],
     }
     write_json(folder / "model_index.json", {"_class_name": PIPELINE} | version | parts)
 
@@ -109,7 +118,7 @@ def our_unet(saved: SavedModel) -> dict[str, Any]:
     """OneJumpUNet's configuration. The pipeline reads all of it but the network."""
     channels, side, _ = saved.shape
     return {
-        "_class_name": "OneJumpUNet",
+        "_class_name": OUR_UNET,
         "network": to_json(saved.network),
         "sample_size": side,
         "in_channels": channels,
@@ -124,7 +133,7 @@ def scheduler(saved: SavedModel) -> dict[str, Any]:
     assert isinstance(sampler, Multistep) and isinstance(model.precond, EDM)
     sigma_min = model.jump.sigma_min
     return {
-        "_class_name": "CMStochasticIterativeScheduler",
+        "_class_name": SCHEDULER,
         "num_train_timesteps": TIMES,
         "sigma_min": sigma_min,
         "sigma_max": sampler.sigma_max,
@@ -132,7 +141,7 @@ def scheduler(saved: SavedModel) -> dict[str, Any]:
         "s_noise": 1.0,
         "rho": rho_for(sampler.mid[0], sigma_min, sampler.sigma_max) if stock_steps(saved) > 1 else 7.0,
         "clip_denoised": False,
-        "_onejump": {"sampler": to_json(sampler), "t_min": model.t_min},
+        STORED: {"sampler": to_json(sampler), "t_min": model.t_min},
     }
 
 
@@ -194,9 +203,9 @@ def card(saved: SavedModel, why_not: str) -> str:
     names = ", ".join(saved.class_names[:20]) + (", ..." if len(saved.class_names) > 20 else "")
     needs = f"`pip install 'onejump[diffusers]'`, for {why_not}" if why_not else "`pip install diffusers` and no more"
     example = [
-        "from diffusers import ConsistencyModelPipeline",
+        f"from diffusers import {PIPELINE}",
         *([f"import {PLACE}  # its network"] if why_not else []),
-        "pipe = ConsistencyModelPipeline.from_pretrained(FOLDER)",
+        f"pipe = {PIPELINE}.from_pretrained(FOLDER)",
         f"image = pipe(num_inference_steps=1{', class_labels=[0]' if classes else ''}).images[0]",
     ]
     times = ", ".join(f"{t:g}" for t in saved.sampler.times(steps))
@@ -209,7 +218,9 @@ def card(saved: SavedModel, why_not: str) -> str:
         f"Average of the weights of training: {saved.ema}." if saved.ema else "",
     ]
     lines = [
-        *("---", "library_name: diffusers", "pipeline_tag: unconditional-image-generation", "---"),
+        *("---", "library_name: diffusers", "pipeline_tag: unconditional-image-generation"),
+        *(f"{key}: {value}" for key, value in licence_on_hub(saved.licence).items()),
+        "---",
         *(f"# A consistency model: {side}x{side} images of {channels} channel{'s' * (channels > 1)}", ""),
         *(f"Written by onejump {__version__}. It needs {needs}.", "", "```python", *example, "```", ""),
         *(f"* {fact}" for fact in facts if fact),

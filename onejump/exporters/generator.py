@@ -16,6 +16,7 @@ from onejump import __version__
 from onejump.data.image_set import to_uint8
 from onejump.samplers import ODE, Jumps, Multistep, Trajectory, multistep, noise_for, refuse_below, trajectory
 from onejump.saved import SavedModel, not_written
+from onejump.tensor_file import sha256_of
 from onejump.types import Cond, UserError
 
 TOLERANCE = 1e-4  # largest difference of a written graph's images from ours, relative to the largest of them
@@ -101,8 +102,8 @@ def signature(saved: SavedModel, steps: int) -> tuple[dict[str, str], dict[str, 
     return inputs, {"images": f"float32 [{image}] in [-1, 1]", "pixels": f"uint8 [{image}], the same"}
 
 
-def facts(saved: SavedModel, graph: GeneratorGraph, sha256: str) -> dict[str, str]:
-    """What travels inside the file; empty facts are left out."""
+def facts(saved: SavedModel, graph: GeneratorGraph) -> dict[str, str]:
+    """What travels inside the file; empty facts are left out. sha256: of the weights, as in config.json."""
     known = {
         "onejump": __version__,
         "network": type(saved.network).__name__.removesuffix("Config"),
@@ -112,7 +113,7 @@ def facts(saved: SavedModel, graph: GeneratorGraph, sha256: str) -> dict[str, st
         "class_names": json.dumps(saved.class_names) if saved.class_names else "",
         "licence": saved.licence,
         "ema": saved.ema,
-        "sha256": sha256,
+        "sha256": sha256_of(saved.model.net.state_dict()),
     }
     return {name: value for name, value in known.items() if value}
 

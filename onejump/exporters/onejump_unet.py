@@ -17,6 +17,7 @@ from onejump.config_json import from_json
 from onejump.data.image_set import to_uint8
 from onejump.model import ConsistencyModel
 from onejump.networks import ADMUNetConfig, EDM2UNetConfig, SongUNetConfig
+from onejump.networks.diffusers_config import STORED
 from onejump.networks.diffusers_weights import NOISE_SCALE
 from onejump.precond import CM, EDM, ToData
 from onejump.samplers import Multistep
@@ -95,7 +96,7 @@ class OneJumpPipeline(DiffusionPipeline):
         pt ([b, c, h, w] in [0, 1]). Raises UserError for steps of which the model has no times.
         """
         config, schedule = self.unet.config, self.scheduler.config
-        stored = schedule.get("_onejump")
+        stored = schedule.get(STORED)
         if stored is None:
             raise UserError(
                 f"{self.config.get('_name_or_path')}: no times of its own; sample it by ConsistencyModelPipeline"

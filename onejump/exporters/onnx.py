@@ -31,16 +31,17 @@ def check_installed() -> None:
         raise UserError(f"ONNX: {', '.join(missing)} not installed; pip install 'onejump[onnx]'")
 
 
-def export_onnx(saved: SavedModel, path: Path, steps: int = 1, sha256: str = "") -> Exported:
+def export_onnx(saved: SavedModel, path: str | Path, steps: int = 1) -> Exported:
     """Writes the saved sampler in so many steps as path (opset 20, float32, batches of any size).
 
-    sha256: the checksum of the saved weights, kept in the metadata beside sampler, times, classes and licence.
-    Above 2 GB the weights go to a second file, PATH.data. Nothing is written unless onnxruntime makes our images from
+    The metadata have sampler, times, classes, licence and the weights' checksum. Above 2 GB the weights go to a second
+    file, PATH.data. Nothing is written unless onnxruntime makes our images from
     our noise to 1e-4 of the largest value. Raises UserError there, for diffusion models, and without the packages.
     """
     check_installed()
+    path = Path(path)
     graph = GeneratorGraph(saved, steps)
-    axes, known = batch_axes(saved, steps), facts(saved, graph, sha256)
+    axes, known = batch_axes(saved, steps), facts(saved, graph)
     inputs, outputs = signature(saved, steps)
     program = traced(graph, saved)
     with quiet():

@@ -5,9 +5,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from onejump.importers.inert import printable
+from onejump.networks.unet_parts import MAX_CHANNELS, MAX_LEVELS
 from onejump.types import UserError
-
-MAX_CHANNELS, MAX_BLOCKS, MAX_LEVELS = 65536, 64, 12  # no published network has a tenth of it
 
 
 class Arguments:

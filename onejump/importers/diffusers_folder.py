@@ -13,26 +13,24 @@ from torch import Tensor
 
 from onejump.checkpoint import file_sha256
 from onejump.config_json import from_json
-from onejump.importers.arguments import MAX_BLOCKS, MAX_LEVELS
 from onejump.importers.diffusers_scheduler import Schedule, read_json, read_schedule
-from onejump.importers.imported import UNKNOWN_LICENCE, Imported, Made, first, fitting, numbered, placed, precision
-from onejump.importers.openai import SECOND, second_time
+from onejump.importers.imported import Imported, Made, first, fitting, numbered, placed, precision, shape_of
+from onejump.importers.published import second_time
 from onejump.importers.torch_file import read_torch
 from onejump.networks.adm_unet import ADMUNetConfig
-from onejump.networks.diffusers_config import adm_config, unet_config
+from onejump.networks.diffusers_config import ORIGINAL, OUR_PIPELINE, OUR_UNET, OURS, PIPELINE, adm_config, unet_config
 from onejump.networks.diffusers_weights import NOISE_SCALE, REFITTED, renamed
 from onejump.networks.edm2_unet import EDM2UNetConfig
+from onejump.networks.layers import empty_network
 from onejump.networks.song_unet import SongUNetConfig
+from onejump.networks.unet_parts import MAX_BLOCKS, MAX_LEVELS
 from onejump.precond import EDM
 from onejump.samplers import Multistep
-from onejump.saved import empty_network
 from onejump.tensor_file import open_tensors
 from onejump.types import UserError
 
 INDEX, CONFIG, SCHEDULE = "model_index.json", "config.json", "scheduler/scheduler_config.json"
-OURS, ORIGINAL = "onejump.json", "onejump.safetensors"
 WEIGHTS = "diffusion_pytorch_model"
-PIPELINES = ("ConsistencyModelPipeline", "OneJumpPipeline")
 
 
 class Found(NamedTuple):
@@ -56,25 +54,26 @@ def read(path: Path) -> Imported:
     kind = config.get("_class_name")
     if kind == "UNet2DModel":
         network, weights, dropped = _unet_2d_model(unet / CONFIG, config, file, tensors, ours)
-    elif kind == "OneJumpUNet":
+    elif kind == OUR_UNET:
         network, weights, dropped = _our_network(unet / CONFIG, config, file, tensors)
     else:
         raise UserError(f"{unet / CONFIG}: {kind}; UNet2DModel is read, and what onejump exported")
     sampler, how = (sampler, "its own") if sampler else _sampler(root, schedule)
     return Imported(
-        f"diffusers' {kind} with {PIPELINES[0]}",
-        network,
-        fitting(file, weights, network),
-        dropped,
-        schedule.jump,
-        EDM(schedule.sigma_data),
-        sampler,
-        t_min,
-        (network.img_channels, network.img_resolution, network.img_resolution),
-        tuple(map(str, ours.get("class_names", ()))) or numbered(network.label_dim),
-        str(ours.get("licence", UNKNOWN_LICENCE)),
-        str(ours.get("ema", "")),
-        precision(tensors.values()) | _facts(schedule, how),
+        kind=f"diffusers' {kind} with {PIPELINE}",
+        network=network,
+        weights=fitting(file, weights, network),
+        dropped=dropped,
+        jump=schedule.jump,
+        precond=EDM(schedule.sigma_data),
+        sampler=sampler,
+        t_min=t_min,
+        shape=shape_of(network),
+        class_names=tuple(map(str, ours.get("class_names", ()))) or numbered(network.label_dim),
+        licence=str(ours.get("licence", "")),
+        ema=str(ours.get("ema", "")),
+        facts=precision(tensors.values()) | _facts(schedule, how),
+        provenance=ours.get("provenance", {}),
     )
 
 
@@ -83,8 +82,8 @@ def _located(path: Path) -> tuple[Path, Path]:
     folder = path.parent if path.name in (INDEX, CONFIG) else path
     if (folder / INDEX).is_file():
         pipeline = read_json(folder / INDEX).get("_class_name")
-        if pipeline not in PIPELINES:
-            raise UserError(f"{folder}: {pipeline}; {PIPELINES[0]} is read, that of consistency models in pixels")
+        if pipeline not in (PIPELINE, OUR_PIPELINE):
+            raise UserError(f"{folder}: {pipeline}; {PIPELINE} is read, that of consistency models in pixels")
         return folder, folder / "unet"
     if (folder / CONFIG).is_file():
         return folder.absolute().parent, folder
@@ -99,11 +98,12 @@ def _facts(schedule: Schedule, times: str) -> dict[str, str]:
 
 
 def _sampler(root: Path, schedule: Schedule) -> tuple[Multistep, str]:
-    """One and two steps: the published time of the second if the folder's name tells it, else the stock pipeline's."""
-    name = root.resolve().name.removeprefix("diffusers-")
-    published = next((key for key in SECOND if name.startswith(key)), None)
-    if published:
-        return Multistep(schedule.sigma_max, (second_time(published),)), f"as published for {published}"
+    """One and two steps: the published time of the second if the folder has the name of a published one, else the
+    stock pipeline's."""
+    name = root.resolve().name
+    published = second_time(name.removeprefix("diffusers-")) if name.startswith("diffusers-") else None
+    if published is not None:
+        return Multistep(schedule.sigma_max, (published,)), f"as published for a folder of this name, {name}"
     mid = schedule.second_time()
     return Multistep(schedule.sigma_max, () if mid is None else (mid,)), "of its scheduler, in one and in two steps"
 
@@ -117,6 +117,8 @@ def _ours(file: Path, weights: Path) -> dict[str, Any]:
         raise UserError(f"{file}: it is of other weights than {weights}; remove it to read these without")
     if not isinstance(content.get("class_names"), list):
         raise UserError(f"{file}: its class_names are no list; remove it to read the rest")
+    if not isinstance(content.get("provenance", {}), dict):
+        raise UserError(f"{file}: its provenance is no object; remove it to read the rest")
     return content
 
 

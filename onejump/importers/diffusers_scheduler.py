@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from onejump.config_json import from_json
+from onejump.networks.diffusers_config import SCHEDULER, STORED
 from onejump.precond import CM, ToData
 from onejump.samplers import Multistep
 from onejump.types import UserError
 
-SCHEDULER = "CMStochasticIterativeScheduler"
-STORED = "_onejump"  # our exporter's field: the model's sampler and t'
 MAX_JSON = 2**20  # bytes
 
 

@@ -1,19 +1,20 @@
 """Pickles of EDM, EDM2, ECT and TCM, and ECT's and TCM's training states: networks inside a preconditioning class."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
-from onejump.importers.arguments import MAX_BLOCKS, Arguments, shown
-from onejump.importers.imported import Imported, check_filters, first, fitting, numbered, precision, tensor_names
+from onejump.importers.arguments import Arguments, shown
+from onejump.importers.imported import Imported, check_filters, first, fitting, precision, tensor_names, understood
 from onejump.importers.inert import printable
 from onejump.importers.module_record import ModuleRecord
-from onejump.importers.use import Given, Known, Use, decided, one_step, use_of
+from onejump.importers.published import average_of
+from onejump.importers.use import SHIFT, Given, Known, Use, decided, one_step, use_of
 from onejump.networks.adm_unet import ADMUNetConfig
 from onejump.networks.edm2_unet import EDM2UNetConfig
 from onejump.networks.song_unet import SongUNetConfig, Variant
+from onejump.networks.unet_parts import MAX_BLOCKS
 from onejump.precond import EDM
 from onejump.types import UserError
 
@@ -57,20 +58,18 @@ def read_pickle(path: Path, content: Mapping[str, object], given: Given) -> Impo
             reason = REASONS.get(name, "not of the network")
             dropped |= {tensor: reason for tensor in tensor_names(value, name)}
     use = use_in(path, content, given, network, precond, "logvar_linear.weight" in dropped)
-    facts = use.facts | precision(tensors.values()) | encoder_of(content)
-    return Imported(
-        kind_of(record, content, dropped),
-        network,
-        fitting(path, tensors, network),
-        dropped,
-        use.jump,
-        precond,
-        use.sampler,
-        use.t_min,
-        (network.img_channels, network.img_resolution, network.img_resolution),
-        numbered(network.label_dim),
-        ema=ema_of(path) if key == "ema" else "none: the network as it is trained, not its average",
-        facts=facts,
+    ema, average = average_of(path)
+    if key == "net":
+        ema, average = "", {"average": "none: the network as it is trained"}
+    return understood(
+        kind=kind_of(record, content),
+        network=network,
+        weights=fitting(path, tensors, network),
+        dropped=dropped,
+        use=use,
+        precond=precond,
+        ema=ema,
+        facts=average | precision(tensors.values()) | encoder_of(content),
     )
 
 
@@ -224,21 +223,15 @@ def use_in(path: Path, content: Mapping[str, object], given: Given, network: Kno
     content_says = "ect" if "q" in held else None
     method, how = decided(path, given, content_says, "its loss_fn is ECT's, without TCM's t_lower")
     if method is None:
-        return one_step(network, given, "not known (the file holds no loss_fn, so ECT or TCM)")
+        return one_step(path, given, "the file holds no loss_fn, so ECT or TCM")
     made_with = record.init_kwargs if isinstance(record, ModuleRecord) else {}
-    shift = Arguments(path, kind, made_with).number("sigma_min", 0.003)
+    shift = Arguments(path, kind, made_with).number("sigma_min", SHIFT)
     return use_of(method, how, network, precond, given, shift=shift)
 
 
-def kind_of(record: ModuleRecord, content: Mapping[str, object], dropped: Mapping[str, str]) -> str:
+def kind_of(record: ModuleRecord, content: Mapping[str, object]) -> str:
     name = {"EDMPrecond": "EDM", "ECMPrecond": "ECT or TCM", "Precond": "EDM2"}[record.class_name]
     return f"{name} {'pickle' if 'ema' in content else 'training state'} ({record.class_name})"
-
-
-def ema_of(path: Path) -> str:
-    """By the name of a snapshot of EDM2 or ECT, such as edm2-img64-s-1073741-0.075.pkl."""
-    found = re.search(r"-\d{7}-(0\.\d{3})\.pkl$", path.name)
-    return f"power sigma_rel {float(found[1]):g}" if found else "its length is not in the file"
 
 
 def encoder_of(content: Mapping[str, object]) -> dict[str, str]:

@@ -21,7 +21,7 @@ from onejump.importers.foreign_tensors import (
     storage_id,
     tensor,
 )
-from onejump.importers.inert import Budget, Global, LongText, Made
+from onejump.importers.inert import Budget, Call, Global, LongText
 from onejump.importers.module_record import ModuleRecord
 from onejump.importers.pickle_values import elements, items_of
 from onejump.types import UserError
@@ -153,11 +153,11 @@ def reconstructed(meanings: Meanings, cls: object, base: object, state: object) 
     return meanings.new(cls, (), {})
 
 
-def method(meanings: Meanings, owner: object, name: object) -> Made:
+def method(meanings: Meanings, owner: object, name: object) -> Call:
     """An object's method that is kept as an attribute of its own, as ECT's loss does: a record that nobody can call."""
     if not (isinstance(owner, ModuleRecord) and isinstance(name, str) and METHOD.fullmatch(name)):
         raise refusal(meanings.budget.file, "builtins", "getattr")
-    return Made(Global("builtins", "getattr"), (owner, name))
+    return Call(Global("builtins", "getattr"), (owner, name))
 
 
 def container(kind: Callable) -> Callable:

@@ -181,7 +181,9 @@ def read_legacy(data: memoryview, budget: Budget, meaning: Callable[[Resolve], M
     machine = Machine(data, skim, budget)
     magic, protocol, facts = machine.run(), machine.run(), machine.run()
     if magic != MAGIC or protocol != PROTOCOL or not isinstance(facts, dict):
-        raise UserError(f"{budget.file}: not a readable torch file (its first numbers are not torch's)")
+        raise UserError(
+            f"{budget.file}: not a readable torch file (its first numbers are not torch's); download it again"
+        )
     check_byte_order(budget.file, "little" if facts.get("little_endian") is True else "big")
     begin = machine.at
     machine.run()
@@ -191,7 +193,7 @@ def read_legacy(data: memoryview, budget: Budget, meaning: Callable[[Resolve], M
     except UserError:
         raise
     except (ValueError, TypeError) as error:
-        raise UserError(f"{budget.file}: not a readable torch file ({printable(error)})") from error
+        raise UserError(f"{budget.file}: not a readable torch file ({printable(error)}); download it again") from error
     return Machine(data, meaning(lambda identity: identity.of(found[identity.key])), budget, begin).run()
 
 

@@ -11,15 +11,16 @@ from torch import Tensor
 from onejump.config import Network, OneJump
 from onejump.importers.inert import printable
 from onejump.importers.module_record import ModuleRecord
+from onejump.importers.use import Known, Use
 from onejump.model import ConsistencyModel
+from onejump.networks.layers import empty_network
 from onejump.networks.song_unet import SongUNetConfig
 from onejump.networks.unet_parts import smoothing
 from onejump.precond import EDM
 from onejump.samplers import Sampler
-from onejump.saved import SavedModel, empty_network, save_model
+from onejump.saved import SavedModel, save_model
 from onejump.types import UserError
 
-UNKNOWN_LICENCE = "unknown: see its publisher"
 MAX_DEPTH, MAX_NAME = 50, 200  # of what is looked into for tensors to name
 
 
@@ -28,8 +29,9 @@ class Imported:
     """A checkpoint of somebody else's, understood.
 
     weights: by our network's names. dropped: name in the file -> why it is not needed. ema: which average of the
-    weights of training, "" if that is not known. facts: what else is known, to be printed. undecided: what the file
-    does not say and without which it cannot be used, with the way out; "" if nothing is left open.
+    weights of training, licence: of the weights, both "" if nobody states it. facts: what else is known, to be printed.
+    undecided: what the file does not say and without which it cannot be used, with the way out; "" if nothing is left
+    open, and until then jump, sampler and t_min mean nothing. provenance: what it says itself of where it came from.
     """
 
     kind: str
@@ -42,10 +44,11 @@ class Imported:
     t_min: float
     shape: tuple[int, int, int]
     class_names: tuple[str, ...] = ()
-    licence: str = UNKNOWN_LICENCE
+    licence: str = ""
     ema: str = ""
     facts: dict[str, str] = field(default_factory=dict)
     undecided: str = ""
+    provenance: dict[str, Any] = field(default_factory=dict)
 
     def parameters(self) -> int:
         """How many numbers are trained."""
@@ -57,7 +60,7 @@ class Imported:
             raise UserError(self.undecided)
         net = empty_network(self.network)
         model = ConsistencyModel(net, self.precond, self.jump, self.t_min, self.network.second_time != "off")
-        known = {"kind": self.kind} | provenance | self.facts
+        known = {"kind": self.kind} | provenance | self.facts | self.provenance
         return SavedModel(
             model, self.network, self.sampler, self.shape, self.class_names, known, self.licence, self.ema
         )
@@ -65,6 +68,39 @@ class Imported:
     def save(self, out: str | Path, provenance: dict[str, Any] | None = None) -> None:
         """Writes our format, tensor by tensor. Raises UserError if it cannot."""
         save_model(out, self.as_saved(provenance or {}), self.weights)
+
+
+def understood(
+    kind: str,
+    network: Known,
+    weights: Mapping[str, Tensor],
+    dropped: dict[str, str],
+    use: Use,
+    precond: EDM,
+    ema: str,
+    facts: dict[str, str],
+) -> Imported:
+    """A U-Net of images of which nobody states a licence or names the classes."""
+    return Imported(
+        kind=kind,
+        network=network,
+        weights=weights,
+        dropped=dropped,
+        jump=use.jump,
+        precond=precond,
+        sampler=use.sampler,
+        t_min=use.t_min,
+        shape=shape_of(network),
+        class_names=numbered(network.label_dim),
+        ema=ema,
+        facts=use.facts | facts,
+        undecided=use.undecided,
+    )
+
+
+def shape_of(network: Known) -> tuple[int, int, int]:
+    """Of an image."""
+    return network.img_channels, network.img_resolution, network.img_resolution
 
 
 @dataclass(frozen=True)

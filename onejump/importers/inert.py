@@ -18,7 +18,7 @@ class Global:
 
 
 @dataclass(eq=False, slots=True)
-class Made:
+class Call:
     """What a pickle wants to have called or built, uninterpreted."""
 
     function: object
@@ -73,19 +73,19 @@ class Inert:
     find: Callable[[str, str], object] = Global
     identities: list = field(default_factory=list)
 
-    def call(self, function: object, args: tuple) -> Made:
-        return Made(function, args)
+    def call(self, function: object, args: tuple) -> Call:
+        return Call(function, args)
 
-    def new(self, cls: object, args: tuple, kwargs: dict) -> Made:
-        return Made(cls, args, kwargs)
+    def new(self, cls: object, args: tuple, kwargs: dict) -> Call:
+        return Call(cls, args, kwargs)
 
     def build(self, made: object, state: object) -> None:
-        if isinstance(made, Made):
+        if isinstance(made, Call):
             made.state = state
 
-    def persistent(self, identity: object) -> Made:
+    def persistent(self, identity: object) -> Call:
         self.identities.append(identity)
-        return Made(None, identity)
+        return Call(None, identity)
 
 
 def printable(text: object, limit: int = 100) -> str:

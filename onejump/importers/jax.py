@@ -13,19 +13,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from onejump.importers.arguments import MAX_BLOCKS, MAX_LEVELS
 from onejump.importers.flax_msgpack import Array, arrays_in, read_msgpack
-from onejump.importers.imported import Imported, Made, fitting, numbered, precision
+from onejump.importers.imported import Imported, Made, fitting, precision, understood
 from onejump.importers.inert import printable
 from onejump.importers.torch_file import mapped
 from onejump.importers.use import Given, Use, decided, open_use, use_of
 from onejump.networks.song_unet import SongUNetConfig
+from onejump.networks.unet_parts import MAX_BLOCKS, MAX_LEVELS
 from onejump.precond import EDM
 from onejump.times import karras_grid
 from onejump.types import UserError
 
 BLOCK = {"GroupNorm_0": "norm0", "Conv_0": "conv0", "Dense_0": "affine", "GroupNorm_1": "norm1", "Conv_1": "conv1"}
 LOWEST = 8  # side of the maps at the lowest level
+# The published second step starts at number 11 of 18 times: editing_multistep_sampling.ipynb of this repository.
+SECOND = round(float(karras_grid(18).flip(0)[11]), 4)
 REASONS = {
     "params": "not the average: params_ema is",
     "target_params": "of the target network",
@@ -39,29 +41,24 @@ def read_jax(path: Path, given: Given) -> Imported:
     try:
         content = read_msgpack(mapped(path))
     except ValueError as error:
-        raise UserError(f"{path}: not a readable flax checkpoint ({error})") from error
+        raise UserError(f"{path}: not a readable flax checkpoint ({error}); download it again") from error
     if not isinstance(content, dict) or not isinstance(content.get("params_ema"), dict):
         raise UserError(
             f"{path}: a flax checkpoint without params_ema; only those of consistency_models_cifar10 are known"
         )
     arrays = arrays_in(content["params_ema"])
     network = network_of(path, arrays)
-    use = use_in(path, content, network, given)
-    size, rate = network.img_resolution, content.get("ema_rate")
-    return Imported(
-        "flax checkpoint of NCSN++ (consistency_models_cifar10)",
-        network,
-        fitting(path, ours_from_flax(path, arrays, network), network),
-        unused(content),
-        use.jump,
-        EDM(),
-        use.sampler,
-        use.t_min,
-        (network.img_channels, size, size),
-        numbered(0),
-        ema=f"constant {rate:g}" if isinstance(rate, float) else "yes, its length is not in the file",
-        facts=use.facts | precision(array.of(array.data.to("meta")) for array in arrays.values()) | assumed(network),
-        undecided=use.undecided,
+    rate = content.get("ema_rate")
+    average = {} if isinstance(rate, float) else {"average": "params_ema, of a length that is not in the file"}
+    return understood(
+        kind="flax checkpoint of NCSN++ (consistency_models_cifar10)",
+        network=network,
+        weights=fitting(path, ours_from_flax(path, arrays, network), network),
+        dropped=unused(content),
+        use=use_in(path, content, network, given),
+        precond=EDM(),
+        ema=f"constant {rate:g}" if isinstance(rate, float) else "",
+        facts=average | precision(array.of(array.data.to("meta")) for array in arrays.values()) | assumed(network),
     )
 
 
@@ -75,19 +72,17 @@ def assumed(network: SongUNetConfig) -> dict[str, str]:
     """What no checkpoint holds."""
     size, side = network.img_resolution, network.attn_resolutions[0]
     return {
-        "resolution": f"{size}x{size}, attention at {side}x{side}: as published, not in the file",
-        "dropout": "not in the file, set to 0",
+        "not in the file": f"resolution ({size}x{size}), where attention is ({side}x{side}), both as published, and "
+        "dropout (set to 0)"
     }
 
 
 def use_in(path: Path, content: Mapping[str, object], network: SongUNetConfig, given: Given) -> Use:
     known = "cm" if "target_params" in content else None
     method, how = decided(path, given, known, "it holds the target network of consistency models")
-    eleventh = float(karras_grid(18).flip(0)[11])  # of 18 times: the published second step
-    use = use_of(method or "edm", how, network, EDM(), given, mid=(round(eleventh, 4),) if method == "cm" else None)
     if method is None:
-        return open_use(use, f"{path}: the file does not say how it was trained; give --method edm (the teacher) or cm")
-    return use
+        return open_use(path, given, "edm (the teacher) or cm")
+    return use_of(method, how, network, EDM(), given, mid=(SECOND,) if method == "cm" else None)
 
 
 def network_of(path: Path, arrays: Mapping[str, Array]) -> SongUNetConfig:

@@ -5,17 +5,17 @@ of an attention head are in the file: every preset ends at 8x8, and all that is 
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
-from onejump.importers.arguments import MAX_LEVELS
-from onejump.importers.imported import Imported, Made, fitting, numbered, placed, precision
+from onejump.importers.imported import Imported, Made, fitting, placed, precision, understood
+from onejump.importers.published import average_of, second_time
 from onejump.importers.use import Given, Use, decided, open_use, use_of
 from onejump.networks.adm_unet import ADMUNetConfig
-from onejump.networks.unet_parts import smoothing
+from onejump.networks.unet_parts import MAX_LEVELS, smoothing
 from onejump.precond import EDM
-from onejump.times import karras_grid
 from onejump.types import UserError
 
 # leaves of a residual block, of an attention block, and of a plain convolution that resamples
@@ -25,15 +25,6 @@ LEAVES = {
     **{"norm": "norm2", "qkv": "qkv", "proj_out": "proj"},
 }
 LOWEST = 8  # side of the maps at the lowest level
-# The published second step: of how many times, counted from the largest, by what the published files are called.
-SECOND = {
-    "cd_imagenet64": (22, 40),
-    "ct_imagenet64": (106, 201),
-    "cd_bedroom256_lpips": (17, 40),
-    "cd_bedroom256_l2": (18, 40),
-    "ct_bedroom256": (67, 151),
-    "ct_cat256": (62, 151),
-}
 
 
 def is_openai(names: Mapping[str, object]) -> bool:
@@ -53,33 +44,27 @@ def read_openai(path: Path, tensors: Mapping[str, Tensor], given: Given) -> Impo
         sides = network.resolutions
         for block in (*(f"enc.{s}x{s}_down" for s in sides[1:]), *(f"dec.{s}x{s}_up" for s in sides[:-1])):
             made |= {f"{block}.{layer}.resample_filter": smoothing(1, 1) for layer in ("conv0", "skip")}
-    use = use_in(path, network, given)
-    size = network.img_resolution
-    facts = (
-        use.facts
-        | precision(tensors.values())
-        | {
-            "resolution": f"{size}x{size}, as the {len(network.channel_mult)} levels of every preset; not in the file",
-            "attention": f"{network.head_channels} channels a head, not in the file (--head-channels); "
-            + ("qkv in blocks (4-d)" if not given.qkv else f"qkv as --qkv {given.qkv} says"),
-            "dropout": "not in the file, set to 0",
-        }
+    ema, average = average_of(path)
+    return understood(
+        kind="OpenAI U-Net with CTM's second time" if two_times else "OpenAI U-Net",
+        network=network,
+        weights=fitting(path, made, network),
+        dropped={},
+        use=use_in(path, network, given),
+        precond=EDM(),
+        ema=ema,
+        facts=average | precision(tensors.values()) | assumed(network, given),
     )
-    return Imported(
-        "OpenAI U-Net with CTM's second time" if two_times else "OpenAI U-Net",
-        network,
-        fitting(path, made, network),
-        {},
-        use.jump,
-        EDM(),
-        use.sampler,
-        use.t_min,
-        (network.img_channels, size, size),
-        numbered(network.label_dim),
-        ema=ema_of(path),
-        facts=facts,
-        undecided=use.undecided,
-    )
+
+
+def assumed(network: ADMUNetConfig, given: Given) -> dict[str, str]:
+    """What no file of this kind holds."""
+    size, levels = network.img_resolution, len(network.channel_mult)
+    return {
+        "not in the file": f"resolution ({size}x{size}, as the {levels} levels of every preset), channels of an "
+        f"attention head ({network.head_channels}: --head-channels), dropout (set to 0)",
+        "qkv": f"as --qkv {given.qkv} says" if given.qkv else "in blocks (4-d)",
+    }
 
 
 class Shapes:
@@ -211,22 +196,8 @@ def use_in(path: Path, network: ADMUNetConfig, given: Given) -> Use:
         method, how = decided(path, given, "ctm", "its network reads a second time")
         return use_of(str(method), how, network, EDM(), given)
     method, how = decided(path, given, None)
-    name = next((name for name in SECOND if path.name.startswith(name)), None) if method == "cm" else None
-    mid = (second_time(name),) if name else ()
-    use = use_of(method or "edm", how, network, EDM(), given, mid=mid if method == "cm" else None)
     if method is None:
-        return open_use(use, f"{path}: the file does not say how it was trained; give --method edm (a teacher) or cm")
-    return use
-
-
-def second_time(name: str) -> float:
-    index, levels = SECOND[name]
-    return round(float(karras_grid(levels, 0.002, 80.0, 7.0).flip(0)[index]), 4)
-
-
-def ema_of(path: Path) -> str:
-    """By the name: ema_0.999_049000.pt of CTM's and OpenAI's training, or ..._ema.pt."""
-    parts = path.stem.split("_")
-    if parts[0] == "ema" and len(parts) == 3:
-        return f"constant {parts[1]}"
-    return "yes, by the file's name; its length is not in it" if parts[-1] == "ema" else "not known"
+        return open_use(path, given, "edm (a teacher) or cm")
+    mid = second_time(path.stem) if method == "cm" else None
+    use = use_of(method, how, network, EDM(), given, mid=((mid,) if mid else ()) if method == "cm" else None)
+    return replace(use, facts=use.facts | {"second time": f"that of {path.stem} as published"}) if mid else use

@@ -7,7 +7,7 @@ name stands for, or refuses it. Bytes are slices of the file, never copies. Work
 import struct
 from collections.abc import Callable
 
-from onejump.importers.inert import Budget, Made, Meaning, printable
+from onejump.importers.inert import Budget, Call, Meaning, printable
 from onejump.importers.pickle_values import (
     elements,
     integer,
@@ -48,7 +48,7 @@ class Machine:
             raise
         except DAMAGE as error:
             why = f"{printable(error)}, at byte {self.at}"
-            raise UserError(f"{self.budget.file}: not a readable pickle ({why})") from error
+            raise UserError(f"{self.budget.file}: not a readable pickle ({why}); download it again") from error
 
     def take(self, size: int) -> memoryview:
         if size > len(self.data) - self.at:
@@ -101,7 +101,7 @@ class Machine:
 def set_items(machine: Machine, values: list) -> None:
     target = machine.top()
     new = items_of(values)
-    if isinstance(target, Made):
+    if isinstance(target, Call):
         target.items.extend(new.items())
     elif isinstance(target, dict):
         target.update(new)
@@ -111,7 +111,7 @@ def set_items(machine: Machine, values: list) -> None:
 
 def append(machine: Machine, values: list) -> None:
     target = machine.top()
-    if isinstance(target, Made):
+    if isinstance(target, Call):
         target.items.extend(values)
     elif isinstance(target, list):
         target.extend(values)

@@ -6,15 +6,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from onejump.importers.arguments import MAX_LEVELS
 from onejump.importers.edm import LOGVAR
-from onejump.importers.imported import Imported, check_filters, first, fitting, numbered, precision
-from onejump.importers.openai import ema_of
+from onejump.importers.imported import Imported, check_filters, first, fitting, precision, understood
+from onejump.importers.published import average_of
 from onejump.importers.use import Given, Known, Use, decided, open_use, use_of
 from onejump.networks.adm_unet import ADMUNetConfig
 from onejump.networks.edm2_unet import EDM2UNetConfig
 from onejump.networks.layers import SecondTime
 from onejump.networks.song_unet import SongUNetConfig
+from onejump.networks.unet_parts import MAX_LEVELS
 from onejump.precond import EDM
 from onejump.types import UserError
 
@@ -35,36 +35,31 @@ def read_state_dict(path: Path, tensors: Mapping[str, Tensor], given: Given) -> 
         raise UserError(f"{path}: {first(strangers)} beside names that begin with {prefix!r}; our network has no such")
     ours = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name not in dropped}
     network = Shapes(path, ours).network(given.head_channels or 64)
-    fields = ("method", "t_min") + ("head_channels",) * (not isinstance(network, SongUNetConfig))
-    given.only(path, "this kind", *fields)
+    kind = f"state dict of {type(network).__name__.removesuffix('Config')}"
+    heads = () if isinstance(network, SongUNetConfig) else ("head_channels",)
+    given.only(path, kind.removeprefix("state dict of "), "method", "t_min", *heads)
     check_filters(path, ours, network)
-    use = use_in(path, network, given, bool(dropped))
-    size = network.img_resolution
-    return Imported(
-        f"state dict of {type(network).__name__.removesuffix('Config')}" + ", CTM's" * (network.second_time != "off"),
-        network,
-        fitting(path, ours, network),
-        dropped,
-        use.jump,
-        EDM(),
-        use.sampler,
-        use.t_min,
-        (network.img_channels, size, size),
-        numbered(network.label_dim),
-        ema=ema_of(path),
-        facts=use.facts | precision(tensors.values()) | assumed(network),
-        undecided=use.undecided,
+    ema, average = average_of(path)
+    return understood(
+        kind=kind + ", CTM's" * (network.second_time != "off"),
+        network=network,
+        weights=fitting(path, ours, network),
+        dropped=dropped,
+        use=use_in(path, network, given, bool(dropped)),
+        precond=EDM(),
+        ema=ema,
+        facts=average | precision(tensors.values()) | assumed(network),
     )
 
 
 def assumed(network: Known) -> dict[str, str]:
     """What no state dict holds."""
-    facts = {"dropout": "not in the file, set to 0", "sigma_data": "0.5, not in the file"}
-    if isinstance(network, ADMUNetConfig):
-        facts["attention"] = f"{network.head_channels} channels a head, not in the file (--head-channels)"
-    if isinstance(network, EDM2UNetConfig):
-        facts["attention"] = f"{network.channels_per_head} channels a head, not in the file (--head-channels)"
-    return facts
+    if isinstance(network, SongUNetConfig):
+        heads = ""
+    else:
+        n = network.channels_per_head if isinstance(network, EDM2UNetConfig) else network.head_channels
+        heads = f", channels of an attention head ({n}: --head-channels)"
+    return {"not in the file": f"dropout (set to 0), sigma_data (0.5){heads}"}
 
 
 def use_in(path: Path, network: Known, given: Given, logvar: bool) -> Use:
@@ -75,10 +70,9 @@ def use_in(path: Path, network: Known, given: Given, logvar: bool) -> Use:
     elif logvar:
         content, because = "edm", "EDM2's logvar is there"
     method, how = decided(path, given, content, because)
-    use = use_of(method or "edm", how, network, EDM(), given)
     if method is None:
-        return open_use(use, f"{path}: the file does not say how it was trained; give --method edm, ect, tcm or ict")
-    return use
+        return open_use(path, given, "edm, ect, tcm or ict")
+    return use_of(method, how, network, EDM(), given)
 
 
 class Shapes:

@@ -1,6 +1,7 @@
 """torch's format since 1.6: a zip archive whose members are stored as they are: its tensors are views of the file."""
 
 import io
+import re
 import struct
 import zipfile
 from collections.abc import Callable
@@ -51,15 +52,17 @@ def read_zip(data: memoryview, budget: Budget, meaning: Callable[[Resolve], Mean
     """
     file = budget.file
     try:
-        members = contents(data)
+        infos = directory(data)
+        script = any(re.fullmatch(r"[^/]*/(constants\.pkl|code/.*)", info.orig_filename) for info in infos)
+        members = {} if script else contents(data, infos)
     except Exception as error:  # zipfile raises many kinds for a damaged archive
-        raise UserError(f"{file}: not a readable torch file ({printable(error)})") from error
+        raise UserError(f"{file}: not a readable torch file ({printable(error)}); download it again") from error
+    if script:
+        raise UserError(f"{file}: a TorchScript archive, whose network is code; save its state_dict() by torch.save")
     roots = [name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(roots) != 1:
         raise UserError(f"{file}: a zip archive, but not of torch.save (it needs one data.pkl)")
     root = roots[0]
-    if any(name == f"{root}constants.pkl" or name.startswith(f"{root}code/") for name in members):
-        raise UserError(f"{file}: a TorchScript archive, whose network is code; save its state_dict() by torch.save")
     order = members.get(f"{root}byteorder")
     check_byte_order(file, "little" if order is None else bytes(order[:16]).decode("ascii", "replace"))
 
@@ -72,12 +75,17 @@ def read_zip(data: memoryview, budget: Budget, meaning: Callable[[Resolve], Mean
     return Machine(members[f"{root}data.pkl"], meaning(resolve), budget).run()
 
 
-def contents(data: memoryview) -> dict[str, memoryview]:
-    """The bytes of every member. Raises ValueError, or what zipfile raises, if the archive is not plainly stored."""
+def directory(data: memoryview) -> list[zipfile.ZipInfo]:
+    """The table of contents. Raises ValueError, or what zipfile raises, if there is none."""
     with zipfile.ZipFile(Opened(data)) as archive:
         infos = archive.infolist()
     if len(infos) > MAX_MEMBERS:
         raise ValueError(f"it has more than {MAX_MEMBERS:,} members")
+    return infos
+
+
+def contents(data: memoryview, infos: list[zipfile.ZipInfo]) -> dict[str, memoryview]:
+    """The bytes of every member. Raises ValueError if they are not plainly stored."""
     members: dict[str, memoryview] = {}
     for info in infos:
         name = info.orig_filename

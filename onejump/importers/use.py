@@ -1,11 +1,11 @@
 """How a published model is used, by the method that trained it: its jump, its sampler's times, and where it ends."""
 
-import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from onejump.config import OneJump
+from onejump.importers.published import method_of, remark
 from onejump.networks.adm_unet import ADMUNetConfig
 from onejump.networks.edm2_unet import EDM2UNetConfig
 from onejump.networks.song_unet import SongUNetConfig
@@ -17,7 +17,11 @@ Method = Literal["edm", "cm", "ctm", "ict", "ect", "tcm"]
 METHODS: tuple[Method, ...] = get_args(Method)
 Qkv = Literal["block", "heads"]
 Known = SongUNetConfig | ADMUNetConfig | EDM2UNetConfig
-STEPS = {32: "18 Heun steps are usual", 64: "40 Heun steps are usual"}
+STEPS = {32: "18 Heun steps are usual", 64: "40 Heun steps are usual"}  # NVlabs/edm, README.md
+# Where the second step starts, up to 32x32 and above. CM, iCT and ECT: --mid_t of locuslab/ect, ct_train.py, and its
+# branch for ImageNet; TCM: NVlabs/FastGen, configs. No time below t' is used.
+MID, MID_TCM = (0.821, 1.526), (1.0, 1.526)
+SHIFT = 0.003  # of c_skip and c_out in evaluation: sigma_min of ECMPrecond, locuslab/ect, training/networks.py
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Use:
-    """The parts of a model that its method decides, and what to print about them."""
+    """The parts of a model that its method decides, and what to print about them; without meaning while undecided."""
 
     jump: OneJump
     sampler: Sampler
@@ -59,15 +63,8 @@ class Use:
     undecided: str = ""
 
 
-def from_name(path: Path) -> str | None:
-    """The one method that the file's name names, if there is one."""
-    words = {"cd": "cm", "ct": "cm", "cm": "cm", "ecm": "ect", "edm2": "edm"} | {name: name for name in METHODS}
-    found = {words[word] for word in re.split(r"[^a-z0-9]+", path.name.lower()) if word in words}
-    return found.pop() if len(found) == 1 else None
-
-
 def decided(path: Path, given: Given, content: str | None, because: str = "") -> tuple[str | None, str]:
-    """(method, how it is known), by the content, else by --method, else by the name of the file.
+    """(method, how it is known), by the content, else by --method, else by the name that a file is published under.
 
     content: the method that the content tells of, and what in it tells. Raises UserError if --method says another.
     """
@@ -77,8 +74,8 @@ def decided(path: Path, given: Given, content: str | None, because: str = "") ->
         return content, because
     if given.method:
         return given.method, "as --method says; the file does not"
-    named = from_name(path)
-    return named, f"by the file's name {path.name}, a hint only; --method decides" if named else ""
+    named = method_of(path)
+    return named, f"by its name, {path.name}, that of a published file" if named else ""
 
 
 def use_of(
@@ -89,7 +86,7 @@ def use_of(
     given: Given,
     t_min: float | None = None,
     mid: tuple[float, ...] | None = None,
-    shift: float = 0.003,
+    shift: float = SHIFT,
 ) -> Use:
     """t_min, mid, shift: where the file tells more than the method.
 
@@ -103,31 +100,36 @@ def use_of(
         return Use(Euler(), Trajectory(), _t_min(given, 0.0), facts)
     if method == "edm":
         return Use(ToData(), ODE(), _t_min(given, 0.0), facts | {"sampling": _usual_steps(network)})
-    times: tuple[float, ...] = (0.821,) if small else (1.526,)
+    times = MID_TCM if method == "tcm" else MID
     jump: OneJump = CM(0.002, precond.sigma_data)
     if method == "tcm":
         if t_min is None and given.t_min is None:
             facts["t_min"] = "1, that of TCM's stage 2, is assumed: the file does not say; --t-min 0 for stage 1"
-        jump, times = ToData(), (1.0,) if small else (1.526,)
-        t_min = 1.0 if t_min is None else t_min
+        jump, t_min = ToData(), 1.0 if t_min is None else t_min
     if method == "ect":  # on ImageNet, with EDM2's network, it is evaluated as it is trained
         jump = ToData() if isinstance(network, EDM2UNetConfig) or not shift else CM(shift, precond.sigma_data)
     t_min = _t_min(given, t_min or 0.0)
-    times = tuple(t for t in (times if mid is None else mid) if t >= t_min)
-    if not times:
+    kept = tuple(t for t in ((times[not small],) if mid is None else mid) if t >= t_min)
+    if not kept:
         facts["sampling"] = "one step; no time of a second is known: --times 80,T samples with two"
-    return Use(jump, Multistep(80.0, times), t_min, facts)
+    return Use(jump, Multistep(80.0, kept), t_min, facts)
 
 
-def open_use(use: Use, undecided: str) -> Use:
+def open_use(path: Path, given: Given, choices: str) -> Use:
     """Until the user decides: the printout says so, and nothing is written."""
-    return replace(use, undecided=undecided, facts=use.facts | {"training method": f"not known: {undecided}"})
+    undecided = f"{path}: the file does not say how it was trained; give --method {choices}{remark(path)}"
+    return Use(ToData(), ODE(), _t_min(given, 0.0), {"training method": "not known"}, undecided)
 
 
-def one_step(network: Known, given: Given, why: str) -> Use:
+def one_step(path: Path, given: Given, why: str) -> Use:
     """Of a consistency model of which no more is known: the one step that is the same for all of them."""
-    times = f"{why}; it is sampled in one step, the same for both: give --method for more"
-    return Use(ToData(), Multistep(80.0, ()), _t_min(given, 0.0), {"training method": times})
+    sampling = f"one step, the same for both; give --method for more{remark(path)}"
+    return Use(
+        ToData(),
+        Multistep(80.0, ()),
+        _t_min(given, 0.0),
+        {"training method": f"not known ({why})", "sampling": sampling},
+    )
 
 
 def _t_min(given: Given, found: float) -> float:

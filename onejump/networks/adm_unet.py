@@ -35,6 +35,8 @@ from onejump.networks.unet_parts import (
     L,
     Maps,
     Resample,
+    check_channels,
+    check_dropout,
     check_images,
     check_levels,
     decode,
@@ -76,13 +78,10 @@ class ADMUNetConfig:
     resample: Resampling = "block"  # OpenAI without resblock_updown: "conv"
 
     def __post_init__(self) -> None:
-        check_levels(self.img_resolution, self.model_channels, self.channel_mult, self.attn_resolutions)
+        check_levels(self.img_resolution, self.channel_mult, self.attn_resolutions)
+        check_channels(self.model_channels)
         check_choice("resample", self.resample, Resampling)
-        if self.dropout_resolution not in (0, *self.resolutions):
-            raise UserError(
-                f"dropout_resolution={self.dropout_resolution}: pick 0 (dropout everywhere) or one of this network's "
-                f"{self.resolutions}"
-            )
+        check_dropout(self.dropout_resolution, self.resolutions)
         for field, value in (("head_channels", self.head_channels), ("min_group", self.min_group)):
             if value < 1:
                 raise UserError(f"{field}={value}: a number of channels is needed, 1 or more")

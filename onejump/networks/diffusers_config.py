@@ -3,15 +3,19 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from onejump.networks.adm_unet import ADMUNetConfig, Block, Resampling, attention_heads
 from onejump.networks.diffusers_weights import NOISE_SCALE, not_refitted
+from onejump.networks.layers import empty_network
+from onejump.networks.unet_parts import MAX_BLOCKS, MAX_CHANNELS, MAX_LEVELS
 from onejump.types import UserError
 
+PIPELINE, SCHEDULER = "ConsistencyModelPipeline", "CMStochasticIterativeScheduler"  # diffusers' classes, and ours:
+OUR_UNET, OUR_PIPELINE = "OneJumpUNet", "OneJumpPipeline"
+OURS, ORIGINAL = "onejump.json", "onejump.safetensors"  # files of an exported folder that diffusers does not read
+STORED = "_onejump"  # our field of the scheduler: the model's sampler and t'
 GROUPS = 32  # of every normalisation
-MAX_CHANNELS, MAX_BLOCKS, MAX_LEVELS = 65536, 64, 12  # no published network has a tenth of it
 
 FIXED: dict[str, Any] = {  # what ADM needs of UNet2DModel's fields, most of them its defaults
     "center_input_sample": False,
@@ -55,8 +59,7 @@ KIND: dict[Resampling, str] = {"block": "resnet", "conv": "conv"}  # how levels 
 
 def not_a_unet(config: ADMUNetConfig) -> str:
     """Why UNet2DModel cannot be this network; "" if it can."""
-    with torch.device("meta"):
-        modules = list(config.build().modules())
+    modules = list(empty_network(config).modules())
     groups = {m.num_groups for m in modules if isinstance(m, nn.GroupNorm)}
     heads = {m.qkv.in_channels // m.heads for m in modules if isinstance(m, Block) and m.heads}
     if config.second_time != "off":

@@ -12,6 +12,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from onejump.networks.adm_unet import ADMUNetConfig, attention_heads
+from onejump.networks.layers import empty_network
 from onejump.networks.unet_parts import smoothing
 
 NOISE_SCALE = 1000.0  # the pipeline's multiple of c_noise
@@ -36,8 +37,7 @@ class Renamed:
 
 def renamed(config: ADMUNetConfig) -> dict[str, Renamed]:
     """Every tensor of our state dict. Constants of ours are made of none of theirs."""
-    with torch.device("meta"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in config.build().state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in empty_network(config).state_dict().items()}
     return {name: Renamed(their_names(config, name), _joined(config, name, shape)) for name, shape in shapes.items()}
 
 

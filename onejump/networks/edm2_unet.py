@@ -18,16 +18,22 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import avg_pool2d, interpolate, scaled_dot_product_attention
 
 from onejump.networks.layers import Dropout, SecondTime, label_vectors
 from onejump.networks.magnitude import MPConv, MPFourier, mp_cat, mp_silu, mp_sum, normalize
+from onejump.networks.unet_parts import (
+    Embedding,
+    Maps,
+    check_dropout,
+    check_images,
+    check_levels,
+    levels,
+    resolutions,
+)
 from onejump.types import Cond, DropoutKey, Times, UserError
 
-Maps = Float[Tensor, "b _ _ _"]  # [batch, channels, height, width]
-Embedding = Float[Tensor, "b _"]
 Resample = Literal["keep", "down", "up"]
 RESIDUAL, ATTENTION, LABEL = 0.3, 0.3, 0.5  # the branch's weight in mp_sum
 CLIP = 256.0  # of the maps that leave a block
@@ -56,20 +62,10 @@ class EDM2UNetConfig:
     second_time: SecondTime = "off"  # this network reads one time only
 
     def __post_init__(self) -> None:
-        step, lowest = 2 ** (len(self.channel_mult) - 1), self.resolutions[-1]
-        if self.img_resolution % step:
-            raise UserError(
-                f"img_resolution={self.img_resolution}: channel_mult={self.channel_mult} has {len(self.channel_mult)} "
-                f"levels and needs a multiple of {step}; resize the images or use fewer levels"
-            )
-        if not set(self.attn_resolutions) <= set(self.resolutions):
-            raise UserError(f"attn_resolutions={self.attn_resolutions}: pick from this network's {self.resolutions}")
-        if self.dropout_resolution and self.dropout_resolution < lowest:
-            raise UserError(
-                f"dropout_resolution={self.dropout_resolution}: pick 0 (dropout everywhere) or one of this network's "
-                f"{self.resolutions}"
-            )
-        attending = [width for res, width, attention in self.levels if attention or res == lowest]
+        check_levels(self.img_resolution, self.channel_mult, self.attn_resolutions)
+        if self.dropout_resolution < self.img_resolution:  # more is everywhere, so that the default fits small images
+            check_dropout(self.dropout_resolution, self.resolutions)
+        attending = [width for res, width, attention in self.levels if attention or res == self.resolutions[-1]]
         if self.channels_per_head < 1 or any(width % self.channels_per_head for width in attending):
             raise UserError(
                 f"channels_per_head={self.channels_per_head}: levels with attention have "
@@ -84,15 +80,12 @@ class EDM2UNetConfig:
     @property
     def resolutions(self) -> tuple[int, ...]:
         """Side of the feature maps at each level, the image's own first."""
-        return tuple(self.img_resolution >> level for level in range(len(self.channel_mult)))
+        return resolutions(self.img_resolution, self.channel_mult)
 
     @property
     def levels(self) -> tuple[tuple[int, int, bool], ...]:
         """(resolution, channels, has attention) of each level, the image's own first."""
-        return tuple(
-            (res, self.model_channels * mult, res in self.attn_resolutions)
-            for res, mult in zip(self.resolutions, self.channel_mult, strict=True)
-        )
+        return levels(self.img_resolution, self.model_channels, self.channel_mult, self.attn_resolutions)
 
     @property
     def emb_channels(self) -> int:
@@ -232,11 +225,7 @@ class EDM2UNet(nn.Module):
         config = self.config
         if c_noise_s is not None:
             raise UserError("c_noise_s: EDM2UNet reads one time only; use a jump that ends at the data (s=None)")
-        if x.shape[1:] != (config.img_channels, config.img_resolution, config.img_resolution):
-            raise UserError(
-                f"images of shape {tuple(x.shape[1:])}: this network has img_channels={config.img_channels}, "
-                f"img_resolution={config.img_resolution}"
-            )
+        check_images(x, config.img_channels, config.img_resolution)
         emb = self.embed(c_noise, label_vectors(cond, config.label_dim, x))
         first, *blocks = self.enc.values()
         kept = [first(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))]

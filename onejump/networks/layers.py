@@ -1,12 +1,16 @@
-"""What the networks share: dropout whose mask is a function of a key, and the embeddings of noise level and label."""
+"""What the networks share: dropout whose mask is a function of a key, the embeddings of noise level and label, and how
+one is built without weights.
+"""
 
 import math
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from torch.overrides import TorchFunctionMode
 
 from onejump.types import Cond, DropoutKey, Samples, Times, UserError
 
@@ -128,3 +132,34 @@ def check_second_time(c_noise_s: Times | None, second_time: SecondTime, network:
             f'c_noise_s: {network} with second_time="{second_time}" needs the time s at which the jump ends; '
             "use ConsistencyModel(..., second_time=True)"
         )
+
+
+@runtime_checkable
+class Buildable(Protocol):
+    """The configuration of a network."""
+
+    def build(self) -> nn.Module: ...
+
+
+class NothingDrawn(TorchFunctionMode):
+    """Weights get no memory, and what would be drawn at random no values; the few constants are computed.
+
+    With torch.device("meta") instead, torch would import its compiler to compute those, for seconds.
+    """
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty:  # of torch's layers
+            return func(*args, **kwargs | {"device": "meta"})
+        if func is nn.init.normal_:
+            return kwargs["tensor"]
+        return (torch.empty if func in (torch.randn, torch.rand) else func)(*args, **kwargs)
+
+
+def empty_network(network: Buildable) -> nn.Module:
+    """The network on the meta device: names, shapes and kinds of its weights, and no memory for them."""
+    with NothingDrawn():
+        net = network.build()
+    return net.to("meta")

@@ -39,6 +39,7 @@ from onejump.networks.unet_parts import (
     L,
     Maps,
     Resample,
+    check_channels,
     check_images,
     check_levels,
     decode,
@@ -76,7 +77,8 @@ class SongUNetConfig:
     augment_dim: int = 0  # number of EDM's augmentation labels
 
     def __post_init__(self) -> None:
-        check_levels(self.img_resolution, self.model_channels, self.channel_mult, self.attn_resolutions)
+        check_levels(self.img_resolution, self.channel_mult, self.attn_resolutions)
+        check_channels(self.model_channels)
         check_choice("variant", self.variant, Variant)
 
     @property

@@ -16,6 +16,7 @@ Maps = Float[Tensor, "b _ _ _"]  # [batch, channels, height, width]
 Embedding = Float[Tensor, "b _"]
 Filter = Float[Tensor, "1 1 k k"]
 Resample = Callable[[Maps, Filter], Maps]
+MAX_CHANNELS, MAX_BLOCKS, MAX_LEVELS = 65536, 64, 12  # that a file may ask for; no published network has a tenth of it
 L = TypeVar("L", nn.Linear, nn.Conv2d)
 
 
@@ -24,9 +25,7 @@ def resolutions(img_resolution: int, channel_mult: tuple[int, ...]) -> tuple[int
     return tuple(img_resolution >> level for level in range(len(channel_mult)))
 
 
-def check_levels(
-    img_resolution: int, model_channels: int, channel_mult: tuple[int, ...], attn_resolutions: tuple[int, ...]
-) -> None:
+def check_levels(img_resolution: int, channel_mult: tuple[int, ...], attn_resolutions: tuple[int, ...]) -> None:
     """Raise UserError if no U-Net can have these levels."""
     step = 2 ** (len(channel_mult) - 1)
     if img_resolution % step:
@@ -37,8 +36,20 @@ def check_levels(
     sides = resolutions(img_resolution, channel_mult)
     if not set(attn_resolutions) <= set(sides):
         raise UserError(f"attn_resolutions={attn_resolutions}: pick from this network's {sides}")
+
+
+def check_channels(model_channels: int) -> None:
+    """Raise UserError if there cannot be as many features of c_noise."""
     if model_channels % 4:
         raise UserError(f"model_channels={model_channels}: a multiple of 4 is needed")
+
+
+def check_dropout(dropout_resolution: int, sides: tuple[int, ...]) -> None:
+    """Raise UserError if this is no resolution at which dropout can begin."""
+    if dropout_resolution not in (0, *sides):
+        raise UserError(
+            f"dropout_resolution={dropout_resolution}: pick 0 (dropout everywhere) or one of this network's {sides}"
+        )
 
 
 def levels(

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from onejump.config import Recipe
-    from onejump.data.image_set import ImageSet
+    from onejump.data.training_set import TrainingSet
 
 ANALYTIC = "-analytic"  # the same with Analytic-Precond
 FOR_ANY_IMAGES = {
@@ -35,7 +35,7 @@ def names(listed: dict[str, str]) -> list[str]:
 NAMES = names(LISTED)
 
 
-def build_recipe(name: str, data: "ImageSet | None") -> "Recipe":
+def build_recipe(name: str, data: "TrainingSet | None") -> "Recipe":
     """The recipe of this name for these images; the published ones can do without. Raises UserError for other names."""
     from onejump.config_json import did_you_mean
     from onejump.recipes import distillation, published

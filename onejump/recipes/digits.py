@@ -1,7 +1,7 @@
 """The main job, small enough for a laptop: the whole chain of the papers on 8x8 digits, or on images of your own."""
 
 from onejump.config import Evaluation, Recipe, Stage
-from onejump.data.image_set import ImageSet
+from onejump.data.training_set import TrainingSet
 from onejump.ema import PowerEMA
 from onejump.methods.dsm import DSM
 from onejump.methods.ect import ECT
@@ -15,7 +15,7 @@ from onejump.times import Discretisation, LogStudentT
 from onejump.types import UserError
 
 
-def small_unet(data: ImageSet) -> SongUNetConfig:
+def small_unet(data: TrainingSet) -> SongUNetConfig:
     """Two levels at 8x8; one more for each doubling of the side, attention at the lowest."""
     channels, height, width = data.shape
     if height != width or height % 4 or height < 8:
@@ -53,7 +53,7 @@ def teacher_stage() -> Stage:
     )
 
 
-def digits(data: ImageSet) -> Recipe:
+def digits(data: TrainingSet) -> Recipe:
     """Teacher (EDM) -> stage 1 (ECT) -> stage 2 (TCM). The curriculum has as few doublings as so short a run bears."""
     curriculum = Discretisation(q=2, double_every=150, ratio_limit=0.984375)
     stage1 = Stage(
@@ -85,7 +85,7 @@ def digits(data: ImageSet) -> Recipe:
     )
 
 
-def digits_ict(data: ImageSet) -> Recipe:
+def digits_ict(data: TrainingSet) -> Recipe:
     """iCT, its curriculum cut to four doublings: as many as so short a run bears."""
     stage = Stage(
         ICT(s0=10, s1=160),

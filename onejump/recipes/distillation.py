@@ -5,7 +5,7 @@ from dataclasses import replace
 from onejump.analytic import AnalyticPrecond
 from onejump.analytic_table import Estimator
 from onejump.config import Evaluation, Recipe, Stage
-from onejump.data.image_set import ImageSet
+from onejump.data.training_set import TrainingSet
 from onejump.ema import PowerEMA
 from onejump.methods.cd import CD
 from onejump.methods.ctm import CTM
@@ -19,7 +19,7 @@ from onejump.samplers import Multistep, Trajectory
 FROM_TEACHER = AnalyticPrecond(estimator=Estimator(times=60, samples=512))  # a minute; the paper's are 120 and 4096
 
 
-def digits_cd(data: ImageSet) -> Recipe:
+def digits_cd(data: TrainingSet) -> Recipe:
     """Consistency distillation, CM's preconditioning."""
     stage = Stage(
         CD(n=18),
@@ -35,7 +35,7 @@ def digits_cd(data: ImageSet) -> Recipe:
     return Recipe("digits-cd", small_unet(data), {"teacher": teacher_stage(), "cd": stage})
 
 
-def digits_ctm(data: ImageSet) -> Recipe:
+def digits_ctm(data: TrainingSet) -> Recipe:
     """CTM. A coarser grid than the published 18 times: its cost is the teacher's steps, on the mean (2 M + 1) / 3."""
     stage = Stage(
         CTM(n=10, max_steps=5),
@@ -53,7 +53,7 @@ def digits_ctm(data: ImageSet) -> Recipe:
     return Recipe("digits-ctm", small_unet(data), stages, evaluation=Evaluation(steps=(1, 2, 4)))
 
 
-def digits_ctm_gan(data: ImageSet) -> Recipe:
+def digits_ctm_gan(data: TrainingSet) -> Recipe:
     """CTM, then on with a critic: the steps count both kinds, the student's and the critic's."""
     recipe = digits_ctm(data)
     before = recipe.stages["ctm"]
@@ -70,11 +70,11 @@ def analytic(recipe: Recipe, jump: AnalyticPrecond = FROM_TEACHER) -> Recipe:
     return replace(recipe, name=f"{recipe.name}-analytic", stages=stages)
 
 
-def digits_cd_analytic(data: ImageSet) -> Recipe:
+def digits_cd_analytic(data: TrainingSet) -> Recipe:
     """CD with Analytic-Precond, which at s = eps is nearly CM's."""
     return analytic(digits_cd(data))
 
 
-def digits_ctm_analytic(data: ImageSet) -> Recipe:
+def digits_ctm_analytic(data: TrainingSet) -> Recipe:
     """CTM with Analytic-Precond."""
     return analytic(digits_ctm(data))

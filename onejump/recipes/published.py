@@ -10,7 +10,7 @@ from functools import partial
 
 from onejump.analytic import AnalyticPrecond
 from onejump.config import Evaluation, Recipe, Stage
-from onejump.data.image_set import ImageSet
+from onejump.data.training_set import TrainingSet
 from onejump.ema import ConstantEMA
 from onejump.lpips import LPIPS
 from onejump.methods.cd import CD
@@ -44,7 +44,7 @@ COLUMNS = {
 }
 
 
-def cd(name: str, data: ImageSet | None) -> Recipe:
+def cd(name: str, data: TrainingSet | None) -> Recipe:
     """Consistency distillation from one Heun step of the teacher."""
     column = column_of(name, data)
     stage = Stage(
@@ -61,7 +61,7 @@ def cd(name: str, data: ImageSet | None) -> Recipe:
     return recipe_of(f"cd-{name}", column, {"cd": stage}, (1, 2))
 
 
-def ctm(name: str, data: ImageSet | None) -> Recipe:
+def ctm(name: str, data: TrainingSet | None) -> Recipe:
     """Consistency trajectory models without a critic."""
     column = column_of(name, data)
     stage = Stage(
@@ -84,7 +84,7 @@ def recipe_of(name: str, column: Column, stages: dict[str, Stage], steps: tuple[
     return Recipe(name, column.network, stages, evaluation=Evaluation(n=50_000, steps=steps), **every)
 
 
-def column_of(name: str, data: ImageSet | None) -> Column:
+def column_of(name: str, data: TrainingSet | None) -> Column:
     """Raises UserError for images that these networks are not for."""
     network = COLUMNS[name].network
     if data is None:
@@ -102,9 +102,9 @@ def column_of(name: str, data: ImageSet | None) -> Column:
     return COLUMNS[name]
 
 
-def recipes() -> dict[str, Callable[[ImageSet | None], Recipe]]:
+def recipes() -> dict[str, Callable[[TrainingSet | None], Recipe]]:
     """By name, each with and without Analytic-Precond."""
-    found: dict[str, Callable[[ImageSet | None], Recipe]] = {}
+    found: dict[str, Callable[[TrainingSet | None], Recipe]] = {}
     for name in COLUMNS:
         for kind, make in (("cd", cd), ("ctm", ctm)):
             found[f"{kind}-{name}"] = partial(make, name)
@@ -112,6 +112,6 @@ def recipes() -> dict[str, Callable[[ImageSet | None], Recipe]]:
     return found
 
 
-def with_table(make: Callable[[str, ImageSet | None], Recipe], name: str, data: ImageSet | None) -> Recipe:
+def with_table(make: Callable[[str, TrainingSet | None], Recipe], name: str, data: TrainingSet | None) -> Recipe:
     """With Analytic-Precond as published: 120 times, 4096 images."""
     return analytic(make(name, data), AnalyticPrecond())

@@ -1,43 +1,19 @@
 """Folders and zips of images: what is read, in which order, with which labels, and what each mistake says."""
 
-import io
 import json
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from image_files import encode, flat, pack, write
 from PIL import Image
 
-from onejump.data import folder
-from onejump.data.folder import load_images
+from onejump.data import files
+from onejump.data.load import load_images
 from onejump.types import UserError
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
-
-
-def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
-
-
-def flat(colour: object, mode: str = "RGB", size: tuple[int, int] = (4, 4)) -> bytes:
-    return encode(Image.new(mode, size, colour))
-
-
-def write(root: Path, files: dict[str, bytes | str]) -> Path:
-    for name, content in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    return root
-
-
-def pack(path: Path, files: dict[str, bytes | str]) -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return path
 
 
 def colours(images) -> list[tuple[int, ...]]:
@@ -271,7 +247,7 @@ def test_a_damaged_zip_entry_is_named(tmp_path, refused):
 
 
 def test_a_zip_entry_that_unpacks_too_large_is_refused(tmp_path, refused, monkeypatch):
-    monkeypatch.setattr(folder, "MAX_ENTRY", 2**20)
+    monkeypatch.setattr(files, "MAX_ENTRY", 2**20)
     with zipfile.ZipFile(tmp_path / "s.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.png", flat(RED))
         archive.writestr("b.png", bytes(3 * 2**20))

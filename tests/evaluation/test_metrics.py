@@ -1,17 +1,20 @@
 """Distances between sets against closed forms, other libraries' matrix roots and direct double loops."""
 
+import math
+
 import pytest
 import torch
 from scipy.linalg import sqrtm
 
 from onejump.evaluation.metrics import (
-    GaussianStatistics,
     class_balance,
     confidence,
-    frechet_distance,
+    inception_score,
     kid,
+    kid_subsets,
     nearest_neighbours,
 )
+from onejump.evaluation.statistics import GaussianStatistics, Moments, frechet_distance
 from onejump.types import UserError
 
 
@@ -96,6 +99,44 @@ def test_frechet_refuses_single_images_and_two_detectors():
         frechet_distance(GaussianStatistics.of(normal(5, 64)), GaussianStatistics.of(normal(5, 192)))
 
 
+@pytest.mark.parametrize("size", [1, 7, 100])
+def test_statistics_in_one_pass_are_those_of_all_features_at_once(size):
+    """Also far from 0, where sums of squares would lose every digit, and in two heaps that are put together."""
+    a = correlated(100, 9, seed=6) * 1e-3 + 1e6
+    found = GaussianStatistics.of_batches(a.split(size))
+    assert found.n == 100 and torch.allclose(found.mean, a.mean(0), rtol=1e-14)
+    assert torch.allclose(found.covariance, torch.cov((a - 1e6).T), rtol=1e-5, atol=1e-11)
+    left, right = Moments(), Moments()
+    for heap, rows in ((left, a[:30]), (right, a[30:])):
+        for few in rows.split(size):
+            heap.add(few)
+    left.merge(right)
+    left.merge(Moments())
+    assert torch.allclose(left.statistics().covariance, found.covariance, rtol=1e-6, atol=1e-11)
+
+
+def test_frechet_and_kernel_distance_equal_those_of_torchmetrics():
+    """Bare, with the same features: a second implementation."""
+    fid, kernel_distance = (pytest.importorskip(f"torchmetrics.image.{name}") for name in ("fid", "kid"))
+    a, b = (correlated(80, 8, seed=seed).float() / 4 for seed in (1, 2))
+
+    class Same(torch.nn.Module):
+        num_features = 8
+
+        def forward(self, x):
+            return x.flatten(1)
+
+    theirs = fid.FrechetInceptionDistance(feature=Same(), input_img_size=(1, 2, 4), normalize=True)
+    theirs.set_dtype(torch.float64)
+    kernel = kernel_distance.KernelInceptionDistance(feature=Same(), subsets=1, subset_size=80, normalize=True)
+    for metric in (theirs, kernel):
+        metric.used_custom_model = True
+        for x, real in ((a, True), (b, False)):
+            metric.update(x.view(-1, 1, 2, 4), real=real)
+    assert frechet_distance(a, b) == pytest.approx(theirs.compute().item(), rel=1e-6)
+    assert kid(a, b) == pytest.approx(kernel.compute()[0].item(), rel=1e-4)  # theirs in float32
+
+
 def direct_kid(a: torch.Tensor, b: torch.Tensor) -> float:
     def k(x, y):
         return ((x @ y).item() / len(x) + 1) ** 3
@@ -161,3 +202,28 @@ def test_confidence_by_hand():
     assert result.mean == pytest.approx((0.95 + 0.8 + 0.6 + 0.99) / 4)
     assert (result.above_90, result.as_asked) == (0.5, 0.5)
     assert confidence(probabilities).as_asked is None
+
+
+def test_kid_of_subsets_is_as_unbiased_and_that_of_whole_sets_is_kid():
+    a, b = normal(30, 4), normal(50, 4, seed=1) + 0.5
+    whole = kid_subsets(a, b, subsets=3, size=1000)
+    assert whole.mean == pytest.approx(kid(a, b), rel=1e-9) and whole.std == pytest.approx(0, abs=1e-12)
+    some = kid_subsets(a, b, subsets=300, size=10)
+    assert some == kid_subsets(a, b, subsets=300, size=10) != kid_subsets(a, b, subsets=300, size=10, seed=1)
+    assert abs(some.mean - kid(a, b)) < 4 * some.std / 300**0.5
+
+
+def test_inception_score_lies_between_1_and_the_number_of_classes():
+    sure = torch.eye(5).repeat(4, 1)  # every class equally often, without a doubt
+    assert inception_score(sure, splits=4).mean == pytest.approx(5)
+    assert inception_score(sure[[2]].repeat(8, 1), splits=1).mean == pytest.approx(1)  # all the same class: no variety
+    assert inception_score(torch.full((8, 5), 0.2), splits=2).mean == pytest.approx(1)  # all in doubt
+
+
+def test_inception_score_by_hand():
+    p = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5]]).double()
+    q = p.mean(0)
+    divergence = sum((x * (x / y).log()).item() for row in p for x, y in zip(row, q, strict=True)) / 3
+    assert inception_score(p, splits=1).mean == pytest.approx(math.exp(divergence), rel=1e-12)
+    with pytest.raises(UserError, match="splits: 4"):
+        inception_score(p, splits=4)

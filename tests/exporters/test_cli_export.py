@@ -59,7 +59,16 @@ def test_onnx_makes_the_digits_of_sample(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     out = tmp_path / "digits.onnx"
     assert export(run, out, "--steps", 2) == 0
-    spoken(capsys, ["Written: .*digits.onnx", *GRAPH, r"To use it \(import numpy as np, onnxruntime\)", *[" +"] * 3])
+    spoken(
+        capsys,
+        [
+            "Making the graph of 2 steps",
+            "Written: .*digits.onnx",
+            *GRAPH,
+            r"To use it \(import numpy as np, onnxruntime\)",
+            *[" +"] * 3,
+        ],
+    )
     given = {"noise": noise_for(range(6), (1, 8, 8), 2).numpy(), "classes": CLASSES.numpy()}
     assert levels_off(runtime.InferenceSession(out).run(["pixels"], given)[0], run, tmp_path, 2) <= 1
 
@@ -79,13 +88,34 @@ def test_the_three_lines_that_are_printed_run(run, tmp_path, capsys, monkeypatch
     assert levels_off(pixels, run, tmp_path, 1) <= 1
 
 
-def test_a_single_file_is_the_same_model(run, tmp_path, capsys):
+def test_a_single_file_is_the_same_model_and_its_lines_run(run, tmp_path, capsys):
     out = tmp_path / "digits.safetensors"
     assert export(run, out) == 0
-    spoken(capsys, ["Written: ", "Checked: read back, every weight is the same bit for bit", "To use it", *[" +"] * 3])
-    before, _ = arrays(run, tmp_path / "a.npz", "--n", "5")
-    after, _ = arrays(out, tmp_path / "b.npz", "--n", "5")
-    assert (before == after).all()
+    text = capsys.readouterr().out
+    *_, title, first, second, third = text.splitlines()
+    assert "Checked: read back, every weight is the same bit for bit" in text
+    before, _ = arrays(run, tmp_path / "a.npz", "--n", "16")
+    names = {}
+    exec(
+        "\n".join([title.removeprefix("To use it (").removesuffix("):"), *map(str.strip, (first, second, third))]),
+        names,
+    )
+    assert (np.moveaxis(names["images"].numpy(), 1, -1) == before).all()
+    capsys.readouterr()
+    assert "is there already" in refused(capsys, run, out)
+
+
+def test_the_lines_for_a_single_file_run_for_a_diffusion_model(tmp_path, capsys):
+    network = MLPConfig(shape=(1, 2, 2), width=8, depth=1)
+    save_model(tmp_path / "m", SavedModel(ConsistencyModel(network.build()), network, ODE(), (1, 2, 2)))
+    assert export(tmp_path / "m", tmp_path / "m.safetensors") == 0
+    *_, title, first, second, third = capsys.readouterr().out.splitlines()
+    names = {}
+    exec(
+        "\n".join([title.removeprefix("To use it (").removesuffix("):"), *map(str.strip, (first, second, third))]),
+        names,
+    )
+    assert names["images"].shape == (16, 1, 2, 2) and names["images"].dtype == torch.uint8
 
 
 def test_a_diffusers_folder_holds_every_weight(tmp_path, capsys):
@@ -108,7 +138,7 @@ def test_mistakes_are_one_line_before_any_work(run, tmp_path, capsys):
     (full / "file").touch()
     assert "no such file or folder" in refused(capsys, tmp_path / "nothing", tmp_path / "x.pt2")
     assert "the kind .pth is not known; end it with .onnx" in refused(capsys, run, tmp_path / "x.pth")
-    assert "--to program writes a name that ends with .pt2" in refused(capsys, run, tmp_path / "x", "--to", "program")
+    assert "--to program writes a file *.pt2; name one" in refused(capsys, run, tmp_path / "x", "--to", "program")
     assert "invalid choice: 'onxx'" in refused(capsys, run, tmp_path / "x", "--to", "onxx")
     assert "this folder is not empty" in refused(capsys, run, full)
     assert "is a file; name a folder" in refused(capsys, run, full / "file")
@@ -142,5 +172,5 @@ def test_kinds_by_name(tmp_path):
     for name, kind in names.items():
         assert kind_of(tmp_path / name, None) == kind_of(tmp_path / name, kind) == kind
     assert kind_of(tmp_path / "my.model", "diffusers") == "diffusers"
-    with pytest.raises(UserError, match="--to diffusers writes a folder"):
+    with pytest.raises(UserError, match="--to diffusers writes a folder; name one"):
         kind_of(tmp_path / "a.onnx", "diffusers")

@@ -14,6 +14,7 @@ from onejump.networks.adm_unet import ADMUNetConfig
 from onejump.networks.edm2_unet import EDM2UNetConfig
 from onejump.precond import Euler
 from onejump.samplers import ODE, Jumps, Multistep, Trajectory
+from onejump.saved import model_sha256, save_model
 from onejump.types import UserError
 
 CTM = replace(MLP, second_time="random")
@@ -38,15 +39,17 @@ def check(saved, steps, program):
 def test_the_program_read_back_makes_our_images(tmp_path, untyped):
     """Two jumps of CTM. The file knows them; dropout, on when it was written, is not in it."""
     saved, path = saved_model(CTM, Trajectory(sigma_max=20.0, gamma=0.3), Euler()), tmp_path / "x.pt2"
-    made = export_program(saved, path, 2, "0123")
+    made = export_program(saved, str(path), 2)
     about = {"onejump.json": ""}
     program = torch.export.load(path, extra_files=about)
     check(saved, 2, program.module())
     assert json.loads(about["onejump.json"]) == made.facts
+    save_model(tmp_path / "model", saved)
+    assert made.facts["sha256"] == model_sha256(tmp_path / "model")
     assert json.loads(made.facts["times"]) == saved.sampler.times(2)
     assert json.loads(made.facts["ends"]) == saved.sampler.ends(2)
     assert not any("rand" in str(node.target) or "bitwise" in str(node.target) for node in program.graph.nodes)
-    assert list(tmp_path.iterdir()) == [path] and made.difference < 1e-6
+    assert made.files == (path,) and not list(tmp_path.glob(".*")) and made.difference < 1e-6
 
 
 UNETS = [

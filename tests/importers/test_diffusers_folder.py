@@ -41,6 +41,7 @@ def test_everything_comes_back_to_the_bit(name, tmp_path):
         assert getattr(back, field) == getattr(saved, field)
     for field in ("t_min", "precond", "jump"):
         assert getattr(back, field) == getattr(saved.model, field)
+    assert back.as_saved({"imported_from": "folder"}).provenance.items() >= {"stage": "stage2"}.items()
     assert read(tmp_path / "model_index.json").network == read(tmp_path / "unet").network == saved.network
     assert not list(tmp_path.rglob(".*")), "no drafts are left"
 
@@ -59,6 +60,9 @@ def test_openais_form_comes_back_without_our_additions(name, tmp_path):
 
 
 def test_a_folder_named_as_published_has_the_published_second_step(tmp_path):
+    export_diffusers(saved_model(OPENAI), tmp_path / "cd_imagenet64_l2-mine")
+    rewrite(tmp_path / "cd_imagenet64_l2-mine/scheduler/scheduler_config.json", _onejump=...)
+    assert read(tmp_path / "cd_imagenet64_l2-mine").sampler.mid != (1.3824,)
     export_diffusers(saved_model(OPENAI), tmp_path / "diffusers-cd_imagenet64_l2")
     rewrite(tmp_path / "diffusers-cd_imagenet64_l2/scheduler/scheduler_config.json", _onejump=...)
     assert read(tmp_path / "diffusers-cd_imagenet64_l2").sampler.mid == (1.3824,)
@@ -222,7 +226,13 @@ def test_the_folders_card_says_what_it_needs_and_where_it_ends(tmp_path):
     saved = saved_model(OPENAI, mid=(5.0, 2.0), t_min=1.5)
     export_diffusers(saved, tmp_path)
     text = (tmp_path / "README.md").read_text()
-    for words in ("1 to 3 steps are 80, 5, 2;", "never trained below 1.5", "Classes: class 0, class 1", "CC BY 4.0"):
+    for words in (
+        "1 to 3 steps are 80, 5, 2;",
+        "never trained below 1.5",
+        "Classes: class 0, class 1",
+        "CC BY 4.0",
+        "\nlicense: cc-by-4.0\n",
+    ):
         assert words in text
     assert "pip install diffusers` and no more" in text and "import onejump" not in text
     export_diffusers(saved_model(NETWORKS["song"]), tmp_path)

@@ -1,5 +1,7 @@
 """What cannot be imported is refused in one line that names the tensor, the field or the way out; and the command."""
 
+import re
+
 import foreign_files
 import pytest
 import torch
@@ -178,11 +180,15 @@ def test_the_command_says_what_it_is_and_writes_what_samples(tmp_path, capsys):
     torch.save(smallest(), path)
     assert main(["import", str(path)]) == 0
     text = capsys.readouterr().out
-    assert (
-        f"{sum(w.numel() for n, w in smallest().items() if 'filter' not in n):,}" in text
-        and "not known: " in text
-        and "unknown: see its publisher" in text
-    )
+    assert f"{sum(w.numel() for n, w in smallest().items() if 'filter' not in n):,}" in text
+    for line in (
+        "training method      not known",
+        "licence              not stated",
+        "EMA                  not stated",
+    ):
+        assert f"  {line}\n" in text
+    assert not re.search("^  (jump|sampler|sampling|smallest time) ", text, re.MULTILINE)
+    assert f"Next: onejump import {path} MODEL --method METHOD" in text
     assert main(["import", str(path), str(out)]) == 2 and not out.exists()
     assert "give --method edm, ect, tcm or ict" in capsys.readouterr().err
     assert main(["import", str(path), str(out), "--method", "tcm"]) == 0
@@ -190,10 +196,33 @@ def test_the_command_says_what_it_is_and_writes_what_samples(tmp_path, capsys):
     assert main(["sample", str(out), "--n", "2", "--steps", "2", "--out", str(tmp_path / "images.npz")]) == 0
     assert "times 80, 1" in capsys.readouterr().out
     assert main(["import", str(out)]) == 2 and "own format already" in capsys.readouterr().err
-    assert main(["import", str(path), str(path), "--method", "tcm"]) == 2 and "itself" in capsys.readouterr().err
     single = tmp_path / "single.safetensors"
     assert main(["import", str(path), str(single), "--method", "edm"]) == 0
     assert main(["import", str(single)]) == 2 and "own format already" in capsys.readouterr().err
+
+
+def test_nothing_that_is_there_is_written_over(tmp_path, capsys):
+    """Neither a trained stage, nor its run's folder, nor a file; and no folder gets the name of a file."""
+    path, model = tmp_path / "model.pth", tmp_path / "run/stage2/model"
+    torch.save(smallest(), path)
+    assert main(["import", str(path), str(model), "--method", "ect"]) == 0
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    (tmp_path / "new.safetensors").write_bytes(b"mine")
+    for out, why in (
+        ("run/stage2/model", "not empty"),
+        ("run", "not empty"),
+        ("model.pth", "without|leave out .pth"),
+        ("back.pth", "leave out .pth"),
+        ("out.safetensors.bak", "leave out .bak"),
+        ("new.safetensors", "is there already"),
+        ("model.pth/in", "is a file"),
+    ):
+        assert main(["import", str(path), str(tmp_path / out), "--method", "ect"]) == 2
+        out, err = capsys.readouterr()
+        assert re.search(why, err)
+    assert (tmp_path / "new.safetensors").read_bytes() == b"mine"
+    (tmp_path / "new.safetensors").unlink()
+    assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
 
 
 def test_ncsnpp_and_ddpmpp_are_told_apart_by_all_their_fields(tmp_path):

@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 import pytest
 
-from onejump.importers.inert import Budget, Global, Inert, LongText, Made
+from onejump.importers.inert import Budget, Call, Global, Inert, LongText
 from onejump.importers.pickle_machine import Machine
 from onejump.types import UserError
 
@@ -75,7 +75,7 @@ def test_calls_become_records_of_function_arguments_state_and_items(protocol):
         ((list, (), None, iter([4, 5])), [4, 5]),
     ]:
         made = read(pickle.dumps(Called(*reduced), protocol))
-        assert isinstance(made, Made) and made.function.name == reduced[0].__name__ and made.args == reduced[1]
+        assert isinstance(made, Call) and made.function.name == reduced[0].__name__ and made.args == reduced[1]
         assert made.items == items and made.state == (reduced[2] if len(reduced) == 3 else None)
 
 
@@ -92,7 +92,7 @@ def test_calls_become_records_of_function_arguments_state_and_items(protocol):
 )
 def test_every_opcode_that_calls_leaves_a_record(data, function):
     made = read(data)
-    assert isinstance(made, Made) and made.function == Global("os", function) and made.args == ("a",)
+    assert isinstance(made, Call) and made.function == Global("os", function) and made.args == ("a",)
 
 
 def test_persistent_ids_are_collected():

@@ -197,6 +197,19 @@ def test_archives_that_are_not_of_torch_are_refused(change, why, tmp_path):
         read_torch(zipped(tmp_path / "a.pt", change))
 
 
+def test_a_script_is_named_though_its_code_is_compressed(tmp_path):
+    with pytest.raises(UserError, match="a TorchScript archive"):
+        read_torch(zipped(tmp_path / "a.pt", {"code/net.py": b"pass\n" * 99}, zipfile.ZIP_DEFLATED))
+
+
+@pytest.mark.parametrize("write", [foreign.write_zip, foreign.write_legacy, foreign.write_pickle])
+def test_a_cut_file_is_to_be_downloaded_again(write, tmp_path):
+    path = write(tmp_path / "a.pt", {"a": torch.ones(200)})
+    path.write_bytes(path.read_bytes()[:-400])
+    with pytest.raises(UserError, match=r"not a readable .*; download it again$"):
+        read_torch(path)
+
+
 def test_a_compressed_archive_is_refused(tmp_path):
     with pytest.raises(UserError, match="is compressed or encrypted"):
         read_torch(zipped(tmp_path / "a.pt", {}, zipfile.ZIP_DEFLATED))

@@ -258,6 +258,7 @@ def test_compiled_network_is_one_graph_and_equals_eager(monkeypatch):
         ({"img_resolution": 60}, "img_resolution=60.*multiple of 8"),
         ({"attn_resolutions": (7,)}, "attn_resolutions"),
         ({"dropout_resolution": 4}, "dropout_resolution=4.*pick 0"),
+        ({"dropout_resolution": 20}, "dropout_resolution=20.*pick 0"),
         ({"channels_per_head": 100}, "channels_per_head=100: levels with attention have 576 and 768 channels"),
         ({"channels_per_head": 0}, "channels_per_head=0"),
         ({"dropout": 1.0}, "dropout=1.0"),

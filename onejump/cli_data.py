@@ -1,0 +1,120 @@
+"""The command `data`: `show` tells what a set of images is, `prepare` makes one zip of it."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from onejump.data.decode import Decoding
+    from onejump.data.describe import Description
+
+Work = Callable[[], None]
+
+COLUMNS, ROWS = 10, 8  # of the contact sheet
+CLASSES = 20  # that are listed
+FORMS = """forms that are read, told apart by content:
+  folder or zip of images, one sub-folder a class or none; EDM's layout (dataset.json)
+  CIFAR-10 and CIFAR-100, binary or python version, as .tar.gz or unpacked; MNIST's idx files, .gz or not
+  .npz and .npy arrays, uint8; WebDataset shards: folder, NAME.tar, or 'NAME-{000..010}.tar'
+  a folder saved by Hugging Face datasets (needs the extra 'data')"""
+
+
+def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Its two actions; `add` makes a command."""
+    made = add("data", show_command, "look at a set of images, or prepare one for training", FORMS)
+    actions = made.add_subparsers(title="actions", metavar="ACTION", required=True)
+    for name, command, text in (
+        ("show", show_command, "counts, classes, sizes, colours, fingerprint, and bad files"),
+        ("prepare", prepare_command, "crop and resize once, into a zip in EDM's layout; resumes"),
+    ):
+        action = actions.add_parser(
+            name, help=text, description=text, epilog=FORMS, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        action.set_defaults(command=command)
+        action.add_argument("path", metavar="PATH", help="the images")
+        if name == "prepare":
+            action.add_argument("out", type=Path, metavar="OUT.zip", help="appears when it is whole")
+        action.add_argument("--size", type=int, metavar="N", help="make each image N x N (default: as they are)")
+        action.add_argument(
+            "--crop",
+            default="center",
+            metavar="HOW",
+            help="center: central square, Lanczos; dhariwal: the published ImageNet steps (default: %(default)s)",
+        )
+        if name == "prepare":
+            action.add_argument("--skip-bad", action="store_true", help="leave bad images out, and list them")
+            action.add_argument("--workers", type=int, metavar="N", help="threads (default: one a core)")
+        else:
+            action.add_argument("--sheet", type=Path, metavar="FILE.png", help="write a contact sheet")
+
+
+def show_command(args: argparse.Namespace) -> Work:
+    from onejump.data.decode import Decoding
+    from onejump.types import UserError
+
+    how = Decoding(None, args.size, args.crop)
+    if args.sheet is not None and args.sheet.suffix.lower() != ".png":
+        raise UserError(f"--sheet {args.sheet}: end it with .png")
+    return lambda: show(args.path, how, args.sheet)
+
+
+def show(path: str, how: "Decoding", sheet: Path | None) -> None:
+    from onejump.data.describe import describe
+    from onejump.metrics_log import progress_of
+
+    with progress_of("reading") as progress:
+        found = describe(path, how, COLUMNS * ROWS if sheet is not None else 0, progress)
+    for name, value in facts(found):
+        print(f"{name:<12} {value}")
+    if sheet is not None and found.sheet is not None:
+        from onejump.report import contact_sheet
+
+        contact_sheet(found.sheet, COLUMNS, sheet)
+        print(f"{'sheet':<12} {sheet}")
+
+
+def facts(found: "Description") -> list[tuple[str, str]]:
+    """The lines that are printed: (what, value)."""
+    lines = [("images", f"{found.n:,}")]
+    sizes = [f"{size} ({count:,})" if len(found.sizes) > 1 else size for size, count in found.sizes[:5]]
+    more = f" and {len(found.sizes) - 5:,} more" if len(found.sizes) > 5 else ""
+    lines.append(("size", ", ".join(sizes) + more or "-"))
+    mixed = f"3, {found.grey:,} images are grey"
+    lines.append(("channels", "1" if found.grey == found.n else "3" if not found.grey else mixed))
+    lines.append(("mean", " ".join(f"{value:.8f}" for value in found.mean)))
+    lines.append(("std", " ".join(f"{value:.8f}" for value in found.std)))
+    lines.append(("captions", "yes" if found.captions else "none"))
+    lines.append(("classes", f"{len(found.classes):,}" if found.classes else "none"))
+    lines += [("", f"{count:>9,}  {name}") for name, count in found.classes[:CLASSES]]
+    if len(found.classes) > CLASSES:
+        counts = [count for _, count in found.classes]
+        lines.append(("", f"...        {min(counts):,} to {max(counts):,} images each"))
+    lines.append(("fingerprint", found.fingerprint or "none: the images have several sizes; give --size"))
+    lines.append(("bad", f"{len(found.bad):,}" if found.bad else "none"))
+    return lines + [("", why) for why in found.bad.values()]
+
+
+def prepare_command(args: argparse.Namespace) -> Work:
+    from onejump.data.decode import Decoding
+    from onejump.types import UserError
+
+    how = Decoding(None, args.size, args.crop)
+    if args.out.suffix.lower() != ".zip":
+        raise UserError(f"{args.out}: end it with .zip")
+    if args.crop != "center" and args.size is None:
+        raise UserError(f"--crop {args.crop}: give --size too")
+
+    def work() -> None:
+        from onejump.data.prepare import prepare
+        from onejump.metrics_log import progress_of
+
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with progress_of("preparing") as progress:
+            made = prepare(args.path, args.out, how, args.skip_bad, args.workers, progress)
+        labels = f"{made.classes} classes" if made.classes else "no labels"
+        print(f"{args.out}: {made.n:,} images of {made.extent}, {labels}, {len(made.bad):,} left out")
+        for why in made.bad.values():
+            print(f"  {why}")
+
+    return work
