@@ -126,7 +126,13 @@ def sampler_of(args: argparse.Namespace, saved: "SavedModel") -> "tuple[Sampler,
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)}: give one of them")
     sampler = asked_sampler(args, saved)
-    default = "18" if isinstance(sampler, ODE) else str(len(sampler.start)) if isinstance(sampler, Jumps) else "1,2"
+    default = (
+        str(sampler.steps)
+        if isinstance(sampler, ODE)
+        else str(len(sampler.start))
+        if isinstance(sampler, Jumps)
+        else "1,2"
+    )
     if args.times and isinstance(sampler, Multistep):
         default = str(sampler.max_steps)
     steps = numbers_of("--steps", args.steps or default, int)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from onejump.samplers import Jumps, Sampler, Trajectory
     from onejump.saved import SavedModel
 
-STEPS = "jumps, a network call each (default: {}); a diffusion teacher: steps of its ODE (default: 18)"
+STEPS = "jumps, a network call each (default: {}); a diffusion teacher: steps of its ODE (default: its own, 18)"
 
 
 def add_sampling(made: argparse.ArgumentParser) -> None:
@@ -69,7 +69,9 @@ def asked_sampler(args: argparse.Namespace, saved: "SavedModel") -> "Sampler":
             )
         if not isinstance(sampler, ODE) and not two_times:
             raise UserError("--solver: this model maps noise to data and is no denoiser; give --steps or --times")
-        own = sampler if isinstance(sampler, ODE) else trajectory_of(sampler)
+        if isinstance(sampler, ODE):
+            return replace(sampler, solver=known[args.solver])
+        own = trajectory_of(sampler)
         return ODE(own.sigma_min, own.sigma_max, own.rho, known[args.solver])
     if args.times is not None:
         if isinstance(sampler, ODE):
@@ -118,7 +120,7 @@ def default_steps(args: argparse.Namespace, sampler: "Sampler") -> int:
     from onejump.samplers import ODE, Jumps, Multistep
 
     if isinstance(sampler, ODE):
-        return 18
+        return sampler.steps
     if isinstance(sampler, Jumps):
         return len(sampler.start)
     return sampler.max_steps if isinstance(sampler, Multistep) and args.times else 1

@@ -230,7 +230,7 @@ def stored_steps(sampler: Any) -> list[int]:
         return list(range(1, sampler.max_steps + 1))
     if isinstance(sampler, Jumps):
         return [len(sampler.start)]
-    return [18] if isinstance(sampler, ODE) else [1, 2, 4]
+    return [sampler.steps] if isinstance(sampler, ODE) else [1, 2, 4]
 
 
 def preconditioning(saved: "SavedModel") -> list[list[str]]:

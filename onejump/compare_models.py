@@ -146,7 +146,7 @@ class Entry:
         if self.results:
             return list(self.results)
         if isinstance(self.sampler, ODE | Jumps):
-            return [18 if isinstance(self.sampler, ODE) else len(self.sampler.start)]
+            return [self.sampler.steps if isinstance(self.sampler, ODE) else len(self.sampler.start)]
         return [1] if isinstance(self.sampler, Multistep) and self.sampler.max_steps == 1 else [1, 2]
 
 

@@ -204,9 +204,11 @@ class ODE:
     sigma_max: float = 80.0
     rho: float = 7.0
     solver: Solver = solvers.heun
+    steps: int = 18  # if no number is asked for; EDM's for CIFAR-10
 
     def __post_init__(self) -> None:
         _check_grid(self.sigma_min, self.sigma_max, self.rho)
+        check_range(at_least=2, steps=self.steps)
 
     def times(self, steps: int) -> list[float]:
         if steps < 2:

@@ -22,7 +22,7 @@ from onejump.config_json import from_json, to_json
 from onejump.model import ConsistencyModel
 from onejump.networks.layers import empty_network
 from onejump.precond import EDM
-from onejump.samplers import ODE, Jumps, Multistep, Sampler, Trajectory
+from onejump.samplers import ODE, Jumps, Sampler
 from onejump.tensor_file import MAX_HEADER, Entry, looks_like_tensors, open_tensors, write_tensors
 from onejump.types import UserError
 
@@ -56,7 +56,7 @@ def usual_steps(sampler: Sampler) -> int:
     """A number of steps that this sampler can make."""
     if isinstance(sampler, Jumps):
         return len(sampler.start)
-    return {Multistep: 1, Trajectory: 1, ODE: 18}[type(sampler)]
+    return sampler.steps if isinstance(sampler, ODE) else 1
 
 
 def licence_on_hub(licence: str) -> dict[str, str]:

@@ -139,15 +139,21 @@ def starting_model(recipe: Recipe, name: str, start: Start) -> ConsistencyModel:
                 f"{start.source}: its precond.sigma_data is {theirs:g}, but {name}.precond.sigma_data is {ours:g}; "
                 "give it the same, or another model"
             )
-        net.load_state_dict(net.state_dict() | saved.model.net.state_dict())
+        theirs_too = {name: value for name, value in saved.model.net.state_dict().items() if name in net.state_dict()}
+        net.load_state_dict(net.state_dict() | theirs_too)
     jump = Euler() if isinstance(stage.jump, AnalyticPrecond) else stage.jump
     return ConsistencyModel(net, stage.precond, jump, second_time=stage.second_time != "off")
 
 
 def starts_from(network: Network, source: Network) -> bool:
-    """Whether the weights of one are weights of the other, which may read a second time in addition."""
+    """Whether the weights of one are weights of the other.
+
+    It may read a second time in addition, and either may be without labels of augmentation: the map of those adds
+    nothing where they are 0.
+    """
     adds = source.second_time == "off" or network.second_time != "off"
-    return adds and _weights(network) == _weights(source)
+    augmented = {getattr(config, "augment_dim", 0) for config in (network, source)} - {0}
+    return adds and len(augmented) < 2 and _weights(network) == _weights(source)
 
 
 def differences(network: Network, source: Network) -> list[str]:
@@ -160,6 +166,6 @@ def differences(network: Network, source: Network) -> list[str]:
 
 
 def _weights(network: Network) -> dict[str, Any]:
-    """What decides which weights the network has, and what they mean, besides those of the second time."""
-    others = ("second_time", "dropout", "dropout_resolution")
+    """What decides which weights the network has, and what they mean, besides those of second time and augmentation."""
+    others = ("second_time", "dropout", "dropout_resolution", "augment_dim", "fourier_scale")  # its buffer is loaded
     return {"type": type(network)} | {f.name: getattr(network, f.name) for f in fields(network) if f.name not in others}

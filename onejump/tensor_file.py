@@ -79,9 +79,7 @@ def write_tensors(
         with open(draft, "wb") as file:
             file.write(header)
             for name in entries:
-                for chunk in _chunks(tensors[name]):
-                    file.write(chunk)
-                    digest.update(chunk)
+                _pour(tensors[name], file.write, digest.update)
             if metadata:
                 header, placeholder = header_of(entries, metadata(digest.hexdigest())), header
                 assert len(header) == len(placeholder)
@@ -101,9 +99,15 @@ def sha256_of(tensors: Mapping[str, Tensor]) -> str:
     entries = _sorted({name: Entry(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
     digest = hashlib.sha256(header_of(entries, {}))
     for name in entries:
-        for chunk in _chunks(tensors[name]):
-            digest.update(chunk)
+        _pour(tensors[name], digest.update)
     return digest.hexdigest()
+
+
+def _pour(tensor: Tensor, *into: Callable[[memoryview], object]) -> None:
+    """Nothing of the tensor is held when the next one is asked for."""
+    for chunk in _chunks(tensor):
+        for take in into:
+            take(chunk)
 
 
 def looks_like_tensors(path: Path) -> bool:

@@ -3,10 +3,11 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from saved_setup import NETWORKS, UNET, saved_model
 
 from onejump.data.digits import digits
-from onejump.networks import ADMUNetConfig, MLPConfig
+from onejump.networks import ADMUNetConfig, EDM2UNetConfig, MLPConfig, SongUNetConfig
 from onejump.overrides import apply_overrides
 from onejump.recipes import build_recipe
 from onejump.saved import save_model
@@ -29,3 +30,31 @@ def test_only_what_differs_is_named(tmp_path):
     save_model(tmp_path, saved_model(ADMUNetConfig(8, 3, 2, 8, (1, 2), 1, (4,), second_time="random", head_channels=8)))
     with pytest.raises(UserError, match="its network is not that of stage1; give network=ADMUNetConfig .*, or another"):
         starting_model(recipe, "stage1", Start(tmp_path, None, True))
+
+
+def test_a_network_without_augmentation_starts_from_one_with_it_and_computes_the_same(tmp_path):
+    """EDM's CIFAR-10 networks were trained with labels of augmentation, ECT's and TCM's start from them without."""
+    source = SongUNetConfig(8, 1, 10, 8, (1, 2), 1, (4,), augment_dim=9)
+    saved = saved_model(source)
+    save_model(tmp_path, saved)
+    recipe = apply_overrides(build_recipe("digits", digits()), ["stage1.precond.sigma_data=0.7"])
+    recipe = replace(recipe, network=replace(source, augment_dim=0))
+    model = starting_model(recipe, "stage1", Start(tmp_path, None, True)).eval()
+    x, t, cond = torch.randn(3, 1, 8, 8), torch.tensor([0.1, 1.0, 20.0]), torch.tensor([1, 2, 3])
+    assert torch.equal(model.denoise(x, t, cond=cond), saved.model.eval().denoise(x, t, cond=cond))
+    assert not starts_from(replace(source, augment_dim=6), source)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        lambda: SongUNetConfig(num_blocks=10**9),
+        lambda: ADMUNetConfig(channel_mult=()),
+        lambda: EDM2UNetConfig(channel_mult=(1,) * 13),
+        lambda: ADMUNetConfig(model_channels=65536),
+        lambda: MLPConfig(depth=10**6),
+    ],
+)
+def test_a_file_cannot_ask_for_a_network_without_end(asked):
+    with pytest.raises(UserError, match="are possible"):
+        asked()

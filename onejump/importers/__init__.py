@@ -1,6 +1,8 @@
 """Published checkpoints of this field, read without running anything and turned into our models."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -9,6 +11,7 @@ from onejump.importers import diffusers_folder
 from onejump.importers.edm import read_pickle
 from onejump.importers.flax_msgpack import looks_like_msgpack
 from onejump.importers.imported import Imported, first
+from onejump.importers.inert import printable
 from onejump.importers.jax import read_jax
 from onejump.importers.module_record import ModuleRecord
 from onejump.importers.openai import is_openai, read_openai
@@ -40,6 +43,24 @@ def import_model(
     for what is no such checkpoint, lacks a tensor, has one too many, or contradicts what is given.
     """
     path, given = Path(path), Given(method, qkv, t_min, head_channels)
+    with explained(path):
+        return read(path, given)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Whatever is wrong with a file becomes one line that names it, or the option that is wrong."""
+    try:
+        yield
+    except UserError as error:
+        if str(path) in str(error) or str(error).startswith("--"):
+            raise
+        raise UserError(f"{path}: {error}") from error
+    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"{path}: cannot be imported ({printable(error, 300)})") from error
+
+
+def read(path: Path, given: Given) -> Imported:
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     if path.is_dir():

@@ -14,6 +14,9 @@ class Arguments:
 
     def __init__(self, path: Path, of: str, values: Mapping[str, object]):
         self.path, self.of, self.left = path, of, dict(values)
+        for name, value in self.left.items():
+            if not is_plain(value):
+                raise self.refusal(name, value, "numbers, texts and lists of them are read")
 
     def refusal(self, name: str, value: object, way_out: str) -> UserError:
         return UserError(f"{self.path}: {self.of} has {printable(name)}={shown(value)}; {way_out}")
@@ -39,9 +42,10 @@ class Arguments:
 
     def number(self, name: str, default: float) -> float:
         value = self.left.pop(name, default)
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        number = finite(value)
+        if number is None:
             raise self.refusal(name, value, "a number is needed")
-        return float(value)
+        return number
 
     def levels(self, default: tuple[int, ...]) -> tuple[int, ...]:
         """channel_mult."""
@@ -65,6 +69,20 @@ def shown(value: object) -> str:
     if isinstance(value, list | tuple) and len(value) <= 16:
         return f"[{', '.join(printable(v, 30) if is_simple(v) else type(v).__name__ for v in value)}]"
     return printable(value, 60) if is_simple(value) else f"a {type(value).__name__}"
+
+
+def finite(value: object) -> float | None:
+    """A number as a float, None for what is none or has no finite one."""
+    try:
+        number = float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def is_plain(value: object) -> bool:
+    """What such a constructor is given: to compare an array or a tensor would not give one answer."""
+    return all(is_simple(v) for v in value) if isinstance(value, list | tuple) else is_simple(value)
 
 
 def is_simple(value: object) -> bool:

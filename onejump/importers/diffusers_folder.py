@@ -100,7 +100,9 @@ def _facts(schedule: Schedule, times: str) -> dict[str, str]:
 def _sampler(root: Path, schedule: Schedule) -> tuple[Multistep, str]:
     """One and two steps: the published time of the second if the folder has the name of a published one, else the
     stock pipeline's."""
-    name = root.resolve().name
+    *_, cached, snapshots, name = ("", "", *root.resolve().parts)
+    if snapshots == "snapshots" and cached.startswith("models--"):  # as the Hub's cache: models--USER--NAME/snapshots/X
+        name = cached.split("--")[-1]
     published = second_time(name.removeprefix("diffusers-")) if name.startswith("diffusers-") else None
     if published is not None:
         return Multistep(schedule.sigma_max, (published,)), f"as published for a folder of this name, {name}"

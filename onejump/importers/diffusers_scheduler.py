@@ -1,11 +1,13 @@
 """What diffusers' scheduler of consistency models says of a model: its jump, and the times of its sampler."""
 
 import json
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from onejump.config_json import from_json
+from onejump.importers.arguments import finite, shown
 from onejump.networks.diffusers_config import SCHEDULER, STORED
 from onejump.precond import CM, ToData
 from onejump.samplers import Multistep
@@ -67,6 +69,8 @@ def read_schedule(file: Path) -> tuple[Schedule, Multistep | None, float]:
             raise UserError(f"{file}: {name}={value!r}: no field of {SCHEDULER} that is known here")
         if not isinstance(value, int | float) or types[name] is not float and type(value) is not types[name]:
             raise UserError(f"{file}: {name}={value!r}: a value as diffusers writes it is needed")
+        if types[name] is float and finite(value) is None:
+            raise UserError(f"{file}: {name}={shown(value)}: a finite number is needed")
     schedule = Schedule(**values)
     for name, ok, why in (
         ("s_noise", schedule.s_noise == 1, "1 is read: noise of the level that the times say"),
@@ -76,6 +80,12 @@ def read_schedule(file: Path) -> tuple[Schedule, Multistep | None, float]:
     ):
         if not ok:
             raise UserError(f"{file}: {name}={getattr(schedule, name)!r}: {why}")
+    try:
+        steps = math.isfinite(schedule.second_time() or 0.0)
+    except ArithmeticError:
+        steps = False
+    if not steps:
+        raise UserError(f"{file}: rho={schedule.rho!r}: times between sigma_min and sigma_max have to come of it")
     return schedule, *_stored(file, schedule, content.get(STORED))
 
 
@@ -84,8 +94,12 @@ def _stored(file: Path, schedule: Schedule, stored: Any) -> tuple[Multistep | No
         return None, 0.0
     try:
         sampler, t_min = from_json(stored["sampler"]), float(stored["t_min"])
-        if not isinstance(sampler, Multistep) or sampler.sigma_max != schedule.sigma_max or not t_min >= 0:
+        if (
+            not isinstance(sampler, Multistep)
+            or sampler.sigma_max != schedule.sigma_max
+            or not 0 <= t_min < sampler.sigma_max
+        ):
             raise ValueError("it is not the sampler of this schedule")
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{file}: {STORED} cannot be read ({error}); remove it to read the rest") from error
     return sampler, t_min

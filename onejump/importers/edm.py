@@ -186,6 +186,8 @@ def dropout_resolution(arguments: Arguments, resolution: int, mult: tuple[int, .
         highest = max(with_dropout, default=0)
         if not highest or with_dropout != [side for side in sides if side <= highest]:
             raise arguments.refusal("dout_resolutions", listed, "only all resolutions up to one of them are possible")
+    if isinstance(highest, float) and highest.is_integer():  # 16.0, as a command line's float
+        highest = int(highest)
     if highest is not None and not (type(highest) is int and 0 <= highest <= resolution):
         raise arguments.refusal("dropout_res", highest, "a resolution is needed")
     return max((side for side in sides if side <= highest), default=0) if highest else 0
@@ -216,17 +218,38 @@ def use_in(path: Path, content: Mapping[str, object], given: Given, network: Kno
         how = how if method else "EDM2's network without its logvar head, as ECT trains it"
         return use_of(method or "ect", how, network, precond, given)
     if "t_lower" in held:
-        lower = Arguments(path, "ECMLoss", held).number("t_lower", 0.002)
+        lower = time_in(path, "ECMLoss", "t_lower", held, 0.002)
         stage, known = (2, lower) if lower > 0.002 else (1, 0.0)
         method, how = decided(path, given, "tcm", f"stage {stage}: its loss_fn has t_lower={lower:g}")
         return use_of(str(method), how, network, precond, given, t_min=known)
     content_says = "ect" if "q" in held else None
-    method, how = decided(path, given, content_says, "its loss_fn is ECT's, without TCM's t_lower")
+    because = "its loss_fn is ECT's, without TCM's t_lower"
+    made_with = record.init_kwargs if isinstance(record, ModuleRecord) else {}
+    if not content_says and (tells := tcm_alone(content, made_with, network)):
+        content_says, because = "tcm", tells
+    method, how = decided(path, given, content_says, because)
     if method is None:
         return one_step(path, given, "the file holds no loss_fn, so ECT or TCM")
-    made_with = record.init_kwargs if isinstance(record, ModuleRecord) else {}
-    shift = Arguments(path, kind, made_with).number("sigma_min", SHIFT)
+    shift = time_in(path, kind, "sigma_min", made_with, SHIFT)
     return use_of(method, how, network, precond, given, shift=shift)
+
+
+def tcm_alone(content: Mapping[str, object], made_with: Mapping[str, object], network: Known) -> str:
+    """What in a file without a loss_fn only TCM writes, "" if nothing."""
+    if "resume_tick" in content:
+        return "its training state has resume_tick, which ECT's has not"
+    if made_with.get("dout_resolutions") is not None:
+        return "its network was made with dout_resolutions, which ECT's was not"
+    return "EDM2's network inside ECMPrecond" if isinstance(network, EDM2UNetConfig) else ""
+
+
+def time_in(path: Path, of: str, name: str, held: Mapping[str, object], default: float) -> float:
+    """A time of 0 or more below the largest. Raises UserError for any other."""
+    values = {name: held[name]} if name in held else {}
+    time = Arguments(path, of, values).number(name, default)
+    if not 0 <= time < 80:
+        raise UserError(f"{path}: {of} has {name}={time:g}; a time of 0 or more and below 80 is needed")
+    return time
 
 
 def kind_of(record: ModuleRecord, content: Mapping[str, object]) -> str:

@@ -22,6 +22,7 @@ DTYPES = {
 }
 ARRAY, SCALAR = 1, 3
 MAX_VALUES, MAX_DEPTH, MAX_TEXT = 1_000_000, 64, 4096
+MAX_PARTS, MAX_PATH = 16, 1000  # of an array's path
 NUMBERS = {  # first byte -> layout
     **{0xCA: ">f", 0xCB: ">d", 0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q"},
     **{0xD0: ">b", 0xD1: ">h", 0xD2: ">i", 0xD3: ">q"},
@@ -151,12 +152,14 @@ def read_msgpack(data: memoryview) -> object:
     return found
 
 
-def arrays_in(value: object, name: str = "") -> dict[str, Array]:
-    """Every array under its path, such as Conv_0/kernel."""
+def arrays_in(value: object, name: str = "", depth: int = 0) -> dict[str, Array]:
+    """Every array under its path, such as Conv_0/kernel. Raises ValueError for longer paths than any checkpoint's."""
+    if depth > MAX_PARTS or len(name) > MAX_PATH:
+        raise ValueError(f"an array's path of more than {MAX_PARTS} parts or {MAX_PATH} letters")
     if isinstance(value, Array):
         return {name: value}
     found: dict[str, Array] = {}
     if isinstance(value, dict | list):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            found |= arrays_in(item, f"{name}/{key}" if name else str(key))
+            found |= arrays_in(item, f"{name}/{key}" if name else str(key), depth + 1)
     return found

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from onejump.samplers import Sampler
 from onejump.saved import SavedModel, save_model
 from onejump.types import UserError
 
-MAX_DEPTH, MAX_NAME = 50, 200  # of what is looked into for tensors to name
+MAX_DEPTH, MAX_NAME, MAX_NAMES = 50, 1000, 10_000  # of what is looked into for tensors to name
 
 
 @dataclass(frozen=True)
@@ -208,8 +209,12 @@ def numbered(classes: int) -> tuple[str, ...]:
 
 
 def tensor_names(value: object, name: str) -> list[str]:
-    """Of every tensor inside a value of this name; the value's own name if it holds none."""
-    return list(_inside(value, name, set())) or [name]
+    """Of every tensor inside a value of this name; the value's own name if it holds none. The last stands for the rest,
+    where a file has more tensors there than any network."""
+    found = _inside(value, name[:MAX_NAME], set())
+    names = list(islice(found, MAX_NAMES)) or [name[:MAX_NAME]]
+    rest = sum(1 for _ in found)
+    return [*names, f"{names[0]} and {rest:,} more"] if rest else names
 
 
 def _inside(value: object, name: str, seen: set[int]) -> Iterator[str]:
@@ -221,4 +226,4 @@ def _inside(value: object, name: str, seen: set[int]) -> Iterator[str]:
         return
     seen.add(id(held))
     for key, item in held.items() if isinstance(held, dict) else enumerate(held):
-        yield from _inside(item, f"{name}.{str(key)[:MAX_NAME]}", seen)
+        yield from _inside(item, f"{name}.{str(key)[:MAX_NAME]}"[:MAX_NAME], seen)

@@ -6,6 +6,7 @@ resolution nor the level with attention is in the file: they are taken as publis
 attention at the second.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from itertools import count
 from pathlib import Path
@@ -40,32 +41,40 @@ def read_jax(path: Path, given: Given) -> Imported:
     given.only(path, "flax", "method", "t_min")
     try:
         content = read_msgpack(mapped(path))
+        arrays, dropped = arrays_and_dropped(content) if isinstance(content, dict) else ({}, {})
     except ValueError as error:
         raise UserError(f"{path}: not a readable flax checkpoint ({error}); download it again") from error
     if not isinstance(content, dict) or not isinstance(content.get("params_ema"), dict):
         raise UserError(
             f"{path}: a flax checkpoint without params_ema; only those of consistency_models_cifar10 are known"
         )
-    arrays = arrays_in(content["params_ema"])
     network = network_of(path, arrays)
-    rate = content.get("ema_rate")
-    average = {} if isinstance(rate, float) else {"average": "params_ema, of a length that is not in the file"}
+    rate = number_in(content.get("ema_rate"))
+    average = {} if rate is not None else {"average": "params_ema, of a length that is not in the file"}
     return understood(
         kind="flax checkpoint of NCSN++ (consistency_models_cifar10)",
         network=network,
         weights=fitting(path, ours_from_flax(path, arrays, network), network),
-        dropped=unused(content),
+        dropped=dropped,
         use=use_in(path, content, network, given),
         precond=EDM(),
-        ema=f"constant {rate:g}" if isinstance(rate, float) else "",
+        ema=f"constant {rate:g}" if rate is not None else "",
         facts=average | precision(array.of(array.data.to("meta")) for array in arrays.values()) | assumed(network),
     )
 
 
-def unused(content: Mapping[str, object]) -> dict[str, str]:
-    """What is dropped: name -> why."""
+def arrays_and_dropped(content: Mapping[str, object]) -> tuple[dict[str, Array], dict[str, str]]:
+    """(the average's arrays, what is dropped: name -> why). Raises ValueError for paths that are none."""
     parts = {part: REASONS.get(part, "not of the network") for part in content if part != "params_ema"}
-    return {name: reason for part, reason in parts.items() for name in arrays_in(content[part], part)}
+    dropped = {name: reason for part, reason in parts.items() for name in arrays_in(content[part], part)}
+    return arrays_in(content.get("params_ema")), dropped
+
+
+def number_in(value: object) -> float | None:
+    """A number as itself, or as the array without axes that flax makes of it."""
+    if isinstance(value, Array) and value.shape == () and not value.data.is_meta:
+        value = value.of(value.data.clone()).item()
+    return value if isinstance(value, float) and math.isfinite(value) else None
 
 
 def assumed(network: SongUNetConfig) -> dict[str, str]:

@@ -89,7 +89,7 @@ class Shapes:
         blocks, levels = self.depth()
         first = [1 + level * (blocks + 1) for level in range(levels)]  # block of each level
         widths = [self.size(f"input_blocks.{i}.0.out_layers.3.weight", 0) for i in first]
-        if any(width % max(channels, 1) for width in widths):
+        if not channels or any(width % channels or not width for width in widths):
             raise UserError(f"{self.path}: levels of {widths} channels, which are no multiples of {channels}")
         resolution = LOWEST << (levels - 1)
         modulation = self.size("input_blocks.1.0.emb_layers.1.weight", 0)

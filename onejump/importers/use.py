@@ -17,7 +17,9 @@ Method = Literal["edm", "cm", "ctm", "ict", "ect", "tcm"]
 METHODS: tuple[Method, ...] = get_args(Method)
 Qkv = Literal["block", "heads"]
 Known = SongUNetConfig | ADMUNetConfig | EDM2UNetConfig
-STEPS = {32: "18 Heun steps are usual", 64: "40 Heun steps are usual"}  # NVlabs/edm, README.md
+# Heun steps of a teacher, up to 32x32 and above (NVlabs/edm, README.md), and of EDM2's (NVlabs/edm2, README.md). On
+# ImageNet EDM takes 256 with noise added on the way, which is not here, or 40 without.
+HEUN, HEUN_EDM2 = (18, 40), 32
 # Where the second step starts, up to 32x32 and above. CM, iCT and ECT: --mid_t of locuslab/ect, ct_train.py, and its
 # branch for ImageNet; TCM: NVlabs/FastGen, configs. No time below t' is used.
 MID, MID_TCM = (0.821, 1.526), (1.0, 1.526)
@@ -99,7 +101,8 @@ def use_of(
             raise UserError(f"--method {method}: CTM's networks read a second time, and this one is not used so")
         return Use(Euler(), Trajectory(), _t_min(given, 0.0), facts)
     if method == "edm":
-        return Use(ToData(), ODE(), _t_min(given, 0.0), facts | {"sampling": _usual_steps(network)})
+        steps = HEUN_EDM2 if isinstance(network, EDM2UNetConfig) else HEUN[not small]
+        return Use(ToData(), ODE(steps=steps), _t_min(given, 0.0), facts)
     times = MID_TCM if method == "tcm" else MID
     jump: OneJump = CM(0.002, precond.sigma_data)
     if method == "tcm":
@@ -134,11 +137,3 @@ def one_step(path: Path, given: Given, why: str) -> Use:
 
 def _t_min(given: Given, found: float) -> float:
     return found if given.t_min is None else given.t_min
-
-
-def _usual_steps(network: Known) -> str:
-    if isinstance(network, EDM2UNetConfig):
-        return "32 Heun steps are usual (onejump sample --steps 32)"
-    if isinstance(network, ADMUNetConfig):
-        return "40 to 256 Heun steps are usual; the noise that EDM adds in its 256 on ImageNet is not"
-    return STEPS.get(network.img_resolution, "18 to 40 Heun steps are usual") + " (onejump sample --steps N)"

@@ -39,6 +39,7 @@ from onejump.networks.unet_parts import (
     check_dropout,
     check_images,
     check_levels,
+    check_size,
     decode,
     double,
     group_norm,
@@ -78,6 +79,7 @@ class ADMUNetConfig:
     resample: Resampling = "block"  # OpenAI without resblock_updown: "conv"
 
     def __post_init__(self) -> None:
+        check_size(self.model_channels, self.channel_mult, self.num_blocks)
         check_levels(self.img_resolution, self.channel_mult, self.attn_resolutions)
         check_channels(self.model_channels)
         check_choice("resample", self.resample, Resampling)

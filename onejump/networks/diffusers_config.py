@@ -113,7 +113,7 @@ def adm_config(given: Mapping[str, Any]) -> ADMUNetConfig:
         f"{GROUPS} is read; without it the middle's attention is not normalised, as in OpenAI's first uploads",
     )
     dropout = fields.values["dropout"]
-    fields.need("dropout", isinstance(dropout, int | float), "a probability is needed")
+    fields.need("dropout", isinstance(dropout, int | float) and 0 <= dropout <= 1, "a probability is needed")
     side, channels = fields.whole("sample_size"), fields.whole("in_channels")
     fields.need("out_channels", fields.whole("out_channels") == channels, f"as many as in_channels={channels} are read")
     return ADMUNetConfig(
@@ -141,7 +141,7 @@ class Fields:
 
     def need(self, name: str, ok: bool, why: str) -> None:
         if not ok:
-            raise UserError(f"{name}={self.values[name]!r}: {why}")
+            raise UserError(f"{name}={repr(self.values[name])[:200]}: {why}")
 
     def whole(self, name: str, at_most: int = MAX_CHANNELS) -> int:
         value = self.values[name]

@@ -29,6 +29,7 @@ from onejump.networks.unet_parts import (
     check_dropout,
     check_images,
     check_levels,
+    check_size,
     levels,
     resolutions,
 )
@@ -62,6 +63,7 @@ class EDM2UNetConfig:
     second_time: SecondTime = "off"  # this network reads one time only
 
     def __post_init__(self) -> None:
+        check_size(self.model_channels, self.channel_mult, self.num_blocks)
         check_levels(self.img_resolution, self.channel_mult, self.attn_resolutions)
         if self.dropout_resolution < self.img_resolution:  # more is everywhere, so that the default fits small images
             check_dropout(self.dropout_resolution, self.resolutions)

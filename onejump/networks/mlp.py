@@ -21,6 +21,9 @@ from onejump.types import Cond, DropoutKey, Samples, Times, UserError
 FREQUENCIES = tuple(2 ** (k / 4) for k in range(17))  # angular, 1 to 16: c_noise = ln(t) / 4 spans about 2.5
 
 
+MAX_WIDTH, MAX_DEPTH = 65536, 1000  # that a file may ask for
+
+
 @dataclass(frozen=True)
 class MLPConfig:
     """A residual MLP on the flattened sample. `shape` is one sample's: (2,) for points, (1, 8, 8) for images."""
@@ -31,6 +34,11 @@ class MLPConfig:
     depth: int = 3  # residual blocks
     dropout: float = 0.0
     second_time: SecondTime = "off"  # whether F also reads c_noise_s, and how that embedding starts
+
+    def __post_init__(self) -> None:
+        for name, value, most in (("width", self.width, MAX_WIDTH), ("depth", self.depth, MAX_DEPTH)):
+            if not 1 <= value <= most:
+                raise UserError(f"{name}={value}: 1 to {most} are possible")
 
     def build(self) -> "MLP":
         """A freshly initialised network, equal to zero everywhere; it draws from torch's generator."""

@@ -42,6 +42,7 @@ from onejump.networks.unet_parts import (
     check_channels,
     check_images,
     check_levels,
+    check_size,
     decode,
     double,
     group_norm,
@@ -77,6 +78,7 @@ class SongUNetConfig:
     augment_dim: int = 0  # number of EDM's augmentation labels
 
     def __post_init__(self) -> None:
+        check_size(self.model_channels, self.channel_mult, self.num_blocks)
         check_levels(self.img_resolution, self.channel_mult, self.attn_resolutions)
         check_channels(self.model_channels)
         check_choice("variant", self.variant, Variant)

@@ -25,6 +25,18 @@ def resolutions(img_resolution: int, channel_mult: tuple[int, ...]) -> tuple[int
     return tuple(img_resolution >> level for level in range(len(channel_mult)))
 
 
+def check_size(model_channels: int, channel_mult: tuple[int, ...], num_blocks: int) -> None:
+    """Raise UserError for a U-Net that is empty, or so large that a damaged file must have asked for it."""
+    if not 1 <= len(channel_mult) <= MAX_LEVELS:
+        raise UserError(f"channel_mult={channel_mult}: 1 to {MAX_LEVELS} levels are possible")
+    if not 0 <= num_blocks <= MAX_BLOCKS:
+        raise UserError(f"num_blocks={num_blocks}: 0 to {MAX_BLOCKS} are possible")
+    if not all(1 <= model_channels * mult <= MAX_CHANNELS for mult in channel_mult):
+        raise UserError(
+            f"model_channels={model_channels}, channel_mult={channel_mult}: 1 to {MAX_CHANNELS} channels are possible"
+        )
+
+
 def check_levels(img_resolution: int, channel_mult: tuple[int, ...], attn_resolutions: tuple[int, ...]) -> None:
     """Raise UserError if no U-Net can have these levels."""
     step = 2 ** (len(channel_mult) - 1)

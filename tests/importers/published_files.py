@@ -237,7 +237,9 @@ def nested(flat):
 def jax_checkpoint(path, arrays, **others):
     """A flax checkpoint of consistency_models_cifar10, whose parameters without average are noise."""
     noise = {name: np.zeros_like(array) for name, array in arrays.items() if name.startswith("Dense")}
-    state = {"step": 800000, "lr": 4e-4, "ema_rate": 0.9999, "params": nested(noise), **others}
+    numbers = {"step": 800000, "lr": 4e-4, "ema_rate": 0.9999}  # flax writes them as arrays without axes
+    state = {name: np.array(number, np.float32) for name, number in numbers.items()}
+    state |= {"params": nested(noise), **others}
     state |= {"params_ema": nested(arrays), "model_state": {}, "opt_state": {"0": {"count": np.array(7, np.int32)}}}
     path.write_bytes(msgpack(state | {"rng_state": {"0": np.arange(2, dtype=np.uint32)}}))
     return path

@@ -66,6 +66,10 @@ def test_a_folder_named_as_published_has_the_published_second_step(tmp_path):
     export_diffusers(saved_model(OPENAI), tmp_path / "diffusers-cd_imagenet64_l2")
     rewrite(tmp_path / "diffusers-cd_imagenet64_l2/scheduler/scheduler_config.json", _onejump=...)
     assert read(tmp_path / "diffusers-cd_imagenet64_l2").sampler.mid == (1.3824,)
+    cached = tmp_path / "models--openai--diffusers-cd_imagenet64_l2" / "snapshots" / "0123abcd"  # the Hub's cache
+    cached.parent.mkdir(parents=True)
+    (tmp_path / "diffusers-cd_imagenet64_l2").rename(cached)
+    assert read(cached).sampler.mid == (1.3824,)
 
 
 def test_diffusers_bin_file_and_half_precision_are_read(tmp_path):
@@ -132,7 +136,7 @@ def test_a_network_of_another_form_is_refused_by_field_and_value(message, tmp_pa
     "network, message",
     [
         ({"type": "SongUNetConfig", "num_blocks": 10**9}, "num_blocks=1000000000"),
-        ({"type": "SongUNetConfig", "model_channels": -4}, "negative"),
+        ({"type": "SongUNetConfig", "model_channels": -4}, "model_channels=-4|negative"),
         ({"type": "MLPConfig"}, "MLPConfig is none of the networks"),
         ({"type": "Pipeline"}, "'Pipeline' is none of"),
         (None, "None is none of"),
