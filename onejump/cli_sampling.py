@@ -117,13 +117,10 @@ def asked_jumps(text: str, trained: "Trajectory") -> "Jumps":
 
 
 def default_steps(args: argparse.Namespace, sampler: "Sampler") -> int:
-    from onejump.samplers import ODE, Jumps, Multistep
+    from onejump.samplers import Multistep
+    from onejump.saved import usual_steps
 
-    if isinstance(sampler, ODE):
-        return sampler.steps
-    if isinstance(sampler, Jumps):
-        return len(sampler.start)
-    return sampler.max_steps if isinstance(sampler, Multistep) and args.times else 1
+    return sampler.max_steps if isinstance(sampler, Multistep) and args.times else usual_steps(sampler)
 
 
 def what_was_done(sampler: "Sampler", steps: int) -> str:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from onejump.evaluation.weight_files import WeightFile
 from onejump.types import UserError
 
 Pooling = Literal["average", "max"]
@@ -18,19 +19,6 @@ Tensors = dict[str, Tensor]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, RGB, of pixels in [0, 1]
 KERAS_MEAN = (123.68, 116.779, 103.939)  # RGB, of pixels in [0, 255]
 KERAS_SQUEEZENET = "squeezenet_v1.1_notop_keras.h5"
-
-
-@dataclass(frozen=True)
-class WeightFile:
-    """A published file. `where`: where it is usually found."""
-
-    name: str
-    size: int
-    sha256: str
-    where: str
-
-    def __str__(self) -> str:
-        return f"{self.name} ({self.size:,} bytes, sha256 {self.sha256})"
 
 
 @dataclass(frozen=True)
@@ -166,7 +154,7 @@ def _find(file: WeightFile, folder: Path, others: tuple[str, ...] = ()) -> Path:
     for name in (file.name, f"{Path(file.name).stem}.safetensors", *others):
         if (folder / name).is_file():
             return folder / name
-    raise UserError(f"LPIPS: {folder} has no {file}; copy it there; it is usually found at {file.where}")
+    raise UserError(f"LPIPS: {folder} has no {file}; copy it there")
 
 
 def load(name: BackboneName, pooling: Pooling, folder: Path, device: torch.device) -> Features:
