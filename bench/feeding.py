@@ -5,8 +5,9 @@
 
 `memory`: the batch of a set of 50,000 noise images of 32x32 pixels, against forward and backward pass of DDPM++ for
 CIFAR-10 with that batch; a step's augmentation besides. `stream`: images a second from zips of stored PNGs in EDM's
-layout and of deflated ones, by threads, against a plain loop over Pillow and zipfile in the same process. Variants run
-in turn, round by round; ratios are taken within a round and their median is told.
+layout and of deflated ones, by threads, against a plain loop over Pillow and zipfile in the same process: of time and
+of CPU time. Variants run in turn, round by round; ratios are taken within a round and their median is told.
+`second_thread`: how many times more two threads hash than one, which is what a second thread could add at all.
 """
 
 import argparse
@@ -19,7 +20,10 @@ import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -43,6 +47,25 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - began
+
+
+def second_thread(rounds: int) -> float:
+    """2 if a core is free for it."""
+    work, blocks = bytes(2**20), 200
+
+    def hashed() -> None:
+        for _ in range(blocks):
+            sha256(work).digest()
+
+    def both() -> None:
+        threads = [Thread(target=hashed) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    cpu = torch.device("cpu")
+    return statistics.median(2 * seconds(hashed, cpu) / seconds(both, cpu) for _ in range(rounds))
 
 
 def memory_rows(device: torch.device, batch: int, rounds: int) -> dict[str, Any]:
@@ -100,18 +123,29 @@ def stream_rows(side: int, deflated: bool, n: int, rounds: int, workers: list[in
         path = zip_of(Path(folder) / "set.zip", side, n, deflated)
         source = open_source(path)
         sets = {k: streamed(source, Decoding(), workers=k, cache=Path(folder)) for k in workers}
-        rates: dict[str, list[float]] = {"plain": []} | {str(k): [] for k in workers}
+        works: dict[str, Callable[[], Any]] = {"plain": partial(plain_loop, path)}
+        works |= {str(k): partial(epoch, images, device) for k, images in sets.items()}
+        times: dict[str, list[float]] = {k: [] for k in works}
+        cpu_times: dict[str, list[float]] = {k: [] for k in works}
         for _ in range(rounds):
-            rates["plain"].append(n / seconds(lambda: plain_loop(path), device))
-            for k, images in sets.items():
-                rates[str(k)].append(n / seconds(lambda images=images: epoch(images, device), device))
-    ratios = {k: [a / b for a, b in zip(values, rates["plain"], strict=True)] for k, values in rates.items()}
+            for k, work in works.items():
+                began = time.process_time()
+                times[k].append(seconds(work, device))
+                cpu_times[k].append(time.process_time() - began)
     return {
         "side": side,
         "png": "deflated" if deflated else "stored",
-        "images_per_second": {k: statistics.median(values) for k, values in rates.items()},
-        "of_plain": {k: statistics.median(values) for k, values in ratios.items()},
+        "images_per_second": {k: n / statistics.median(values) for k, values in times.items()},
+        "of_plain": of_plain(times),
+        "images_per_cpu_second": {k: n / statistics.median(values) for k, values in cpu_times.items()},
+        "of_plain_cpu": of_plain(cpu_times),
     }
+
+
+def of_plain(times: dict[str, list[float]]) -> dict[str, float]:
+    """How many times faster than the plain loop, by the median of the rounds."""
+    ratios = {k: [a / b for a, b in zip(times["plain"], values, strict=True)] for k, values in times.items()}
+    return {k: statistics.median(values) for k, values in ratios.items()}
 
 
 def epoch(images: StreamedSet, device: torch.device) -> None:
@@ -140,6 +174,7 @@ def main() -> None:
             for side in (32, 64)
             for deflated in (False, True)
         ],
+        "second_thread": second_thread(args.rounds),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "versions": versions(),
@@ -148,8 +183,11 @@ def main() -> None:
         share = found["memory"]["share_of_step"].get(name)
         print(f"{name:8} {value:10.2f} ms" + (f"   {100 * share:.3f} % of a step" if share else ""))
     for row in found["stream"]:
-        rates = ", ".join(f"{k}: {v:,.0f}/s ({row['of_plain'][k]:.2f}x)" for k, v in row["images_per_second"].items())
-        print(f"{row['side']} px, {row['png']}: {rates}")
+        told = []
+        for k, rate in row["images_per_second"].items():
+            told.append(f"{k}: {rate:,.0f}/s ({row['of_plain'][k]:.2f}x, of CPU time {row['of_plain_cpu'][k]:.2f}x)")
+        print(f"{row['side']} px, {row['png']}: {', '.join(told)}")
+    print(f"hashing with two threads: {found['second_thread']:.2f}x")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(found, indent=2) + "\n")

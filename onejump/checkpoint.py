@@ -10,16 +10,17 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from onejump.tensor_file import DTYPES
 from onejump.types import UserError
 
 TENSORS, META = "state.safetensors", "state.json"
@@ -47,36 +48,87 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A checkpoint while it is written: a hidden folder that a rename makes the checkpoint of this step.
+
+    A kill or a power cut at any moment leaves the older ones as they were. meta is JSON; keep: how many stay, with it.
+    """
+
+    into: Path
+    step: int
+    meta: Mapping[str, Any]
+    keep: int = 2
+
+    @property
+    def folder(self) -> Path:
+        """Where its files go."""
+        return self.into / TEMPORARY
+
+    @property
+    def path(self) -> Path:
+        """What it becomes."""
+        return checkpoint_path(self.into, self.step)
+
+    def begin(self) -> None:
+        """Makes its folder, without what another has left there. Raises OSError."""
+        self.into.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(self.into)
+        self.folder.mkdir()
+
+    def finish(self, content: Mapping[str, Any]) -> None:
+        """Its tensors are written and on the disk; content says how, with checksums of their files. Raises OSError."""
+        whole: dict[str, Any] = {"step": self.step, "meta": dict(self.meta), **content}
+        whole["checksum"] = _checksum(whole)
+        meta_file = self.folder / META
+        meta_file.write_text(json.dumps(whole, indent=1, allow_nan=False))
+        for file in self.folder.glob("*.safetensors"):
+            shutil.copymode(meta_file, file)  # safetensors writes files that only their owner may read
+        for path in (meta_file, self.folder):
+            _sync(path)
+        if self.path.exists():  # one that was skipped as damaged; a folder that holds files cannot be renamed over
+            os.replace(self.path, self.into / REPLACED)
+        os.replace(self.folder, self.path)
+        _sync(self.into)
+        _remove_leftovers(self.into)
+        before = [step for step in saved_steps(self.into) if step < self.step]
+        for old in before[: max(len(before) - self.keep + 1, 0)]:
+            shutil.rmtree(checkpoint_path(self.into, old), ignore_errors=True)
+
+    def failed(self, error: Exception, clean: bool = True) -> UserError:
+        """What to raise after an error in between; nothing old is lost. clean: and remove what is left of this one."""
+        replaced = self.into / REPLACED
+        if clean and replaced.exists() and not self.path.exists():
+            os.rename(replaced, self.path)
+        if clean:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        before = [step for step in saved_steps(self.into) if step < self.step]
+        reason, way_out = why_not_written(error)
+        last = f"the last good one is step {before[-1]}" if before else "there is none before it"
+        return UserError(f"checkpoint: could not write {self.path} ({reason}); {last}; {way_out}")
+
+
 def save_checkpoint(
     folder: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], keep: int = 2
 ) -> Path:
     """Write the checkpoint of this step, then remove all but the `keep` newest up to it. Returns its path.
 
-    The files are complete and on disk in a hidden folder before a rename makes them the checkpoint, so a kill or a
-    power cut at any moment leaves the older ones as they were. meta is JSON. Raises UserError if the disk is full or
-    the folder cannot be written; nothing old is lost then.
+    meta is JSON. Raises UserError if the disk is full or the folder cannot be written; nothing old is lost then.
     """
-    path, temporary, replaced = checkpoint_path(folder, step), folder / TEMPORARY, folder / REPLACED
-    before = [s for s in saved_steps(folder) if s < step]
+    draft = Draft(folder, step, meta, keep)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder)
-        _write(temporary, step, tensors, meta)
-        if path.exists():  # one that was skipped as damaged; a folder that holds files cannot be renamed over
-            os.replace(path, replaced)
-        os.replace(temporary, path)
-        _sync(folder)
+        draft.begin()
+        tensors_file = draft.folder / TENSORS
+        save_file(_without_aliases(tensors), tensors_file)
+        _sync(tensors_file)
+        draft.finish({"tensors_sha256": file_sha256(tensors_file)})
     except (OSError, SafetensorError) as error:
-        if replaced.exists() and not path.exists():
-            os.rename(replaced, path)
-        shutil.rmtree(temporary, ignore_errors=True)
-        reason, way_out = why_not_written(error)
-        last = f"the last good one is step {before[-1]}" if before else "there is none before it"
-        raise UserError(f"checkpoint: could not write {path} ({reason}); {last}; {way_out}") from error
-    _remove_leftovers(folder)
-    for old in before[: max(len(before) - keep + 1, 0)]:
-        shutil.rmtree(checkpoint_path(folder, old), ignore_errors=True)
-    return path
+        raise draft.failed(error) from error
+    return draft.path
+
+
+DAMAGE = (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError)
+Read = Callable[[Path, int], tuple[dict[str, Any], dict[str, Tensor]]]  # (meta, tensors) of the checkpoint of a step
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
@@ -84,12 +136,17 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
 
     Damaged ones (cut short, a flipped byte, a missing file) are named in `warnings`. Raises UserError if all are.
     """
+    return newest(folder, saved_steps(folder), read_checkpoint)
+
+
+def newest(folder: Path, steps: Sequence[int], read: Read) -> Checkpoint | None:
+    """Of these checkpoints the last that can be read; as load_checkpoint."""
     unusable: list[str] = []
-    for step in reversed(saved_steps(folder)):
+    for step in reversed(steps):
         path = checkpoint_path(folder, step)
         try:
-            meta, tensors = _read(path, step)
-        except (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError) as error:
+            meta, tensors = read(path, step)
+        except DAMAGE as error:
             unusable.append(f"{path.name} is damaged ({_reason(error)})")
             continue
         warnings = tuple(f"checkpoint: {damage}; using {path.name} instead" for damage in unusable)
@@ -99,59 +156,35 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     return None
 
 
-def pack_optimizer(
-    optimizer: torch.optim.Optimizer, prefix: str = "optimizer"
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimiser's state as named tensors ("optimizer/3/exp_avg": parameter 3), and its kind as JSON."""
-    state = optimizer.state_dict()["state"]
-    tensors = {f"{prefix}/{i}/{name}": value for i, values in state.items() for name, value in values.items()}
-    return tensors, _kind(optimizer)
+def read_checkpoint(path: Path, step: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(meta, tensors). Raises one of DAMAGE unless it is whole, and of this step."""
+    content = verified(path, step)
+    if "pieces" not in content:
+        tensors = load_file(path / TENSORS)
+        return content["meta"], {name: tensor.clone() for name, tensor in tensors.items()}  # the file may go away
+    tensors = {}
+    for name, entry in content["pieces"]["tensors"].items():
+        tensors[name] = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
+    for file in content["pieces"]["files"]:
+        with safe_open(path / file, "pt") as pieces:
+            for name, entry in content["pieces"]["tensors"].items():
+                for _, key, offsets, sizes in (piece for piece in entry["pieces"] if piece[0] == file):
+                    place = tuple(slice(start, start + n) for start, n in zip(offsets, sizes, strict=True))
+                    tensors[name][place] = pieces.get_tensor(key)
+    return content["meta"], tensors
 
 
-def unpack_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], prefix: str = "optimizer"
-) -> None:
-    """The inverse of pack_optimizer; hyper-parameters stay those of `optimizer`. UserError if it is of another kind."""
-    kind = _kind(optimizer)
-    if meta != kind:
-        raise UserError(
-            f"optimizer: the checkpoint was saved by {meta['class']} for {meta['parameters']} parameters, this is "
-            f"{kind['class']} for {kind['parameters']}; train with the recipe of that run, or into a new folder"
-        )
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        if name.startswith(f"{prefix}/"):
-            _, i, field = name.split("/")
-            state.setdefault(int(i), {})[field] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _kind(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    parameters = sum(len(group["params"]) for group in optimizer.param_groups)
-    return {"class": type(optimizer).__name__, "parameters": parameters}
-
-
-def _write(temporary: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    temporary.mkdir()
-    tensors_file, meta_file = temporary / TENSORS, temporary / META
-    save_file(_without_aliases(tensors), tensors_file)
-    content = {"step": step, "meta": dict(meta), "tensors_sha256": file_sha256(tensors_file)}
-    content["checksum"] = _checksum(content)
-    meta_file.write_text(json.dumps(content, indent=1, allow_nan=False))
-    shutil.copymode(meta_file, tensors_file)  # safetensors writes files that only their owner may read
-    for path in (tensors_file, meta_file, temporary):
-        _sync(path)
-
-
-def _read(path: Path, step: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def verified(path: Path, step: int, share: slice = slice(None)) -> dict[str, Any]:
+    """What state.json says, if it and its files (this share of them) match their checksums."""
     content = json.loads((path / META).read_bytes())
     checksum = content.pop("checksum")
     if checksum != _checksum(content) or content["step"] != step:
         raise ValueError(f"{META} does not match its checksum")
-    if content["tensors_sha256"] != file_sha256(path / TENSORS):
-        raise ValueError(f"{TENSORS} does not match its checksum")
-    tensors = load_file(path / TENSORS)
-    return content["meta"], {name: tensor.clone() for name, tensor in tensors.items()}  # the file may go away
+    files = content["pieces"]["files"] if "pieces" in content else {TENSORS: content["tensors_sha256"]}
+    for file in sorted(files)[share]:
+        if files[file] != file_sha256(path / file):
+            raise ValueError(f"{file} does not match its checksum")
+    return content
 
 
 def _checksum(content: dict[str, Any]) -> str:

@@ -42,6 +42,7 @@ def export_command(args: argparse.Namespace) -> Work:
             if getattr(args, name) is not None:
                 raise UserError(f"--{name}: goes with OUT.onnx and OUT.pt2; {kind} takes it when images are made")
         saved = load_model(args.model)
+        check_reads_no_text(saved, kind)
         if kind == "diffusers":
             from onejump.exporters.diffusers_folder import check
 
@@ -55,6 +56,7 @@ def export_command(args: argparse.Namespace) -> Work:
     from onejump.exporters.generator import GeneratorGraph
 
     saved = load_model(args.model)
+    check_reads_no_text(saved, kind)
     sampler, steps = sampling(args, saved)
     saved = replace(saved, sampler=sampler)
     GeneratorGraph(saved, steps)
@@ -126,6 +128,15 @@ def use_of_graph(made: "Exported", kind: str, shape: tuple[int, ...]) -> list[st
         f"noise = torch.randn{shape}",
         f"images, pixels = generator(noise{labels})",
     ]
+
+
+def check_reads_no_text(saved: "SavedModel", kind: str) -> None:
+    """Other programs would need a text encoder and an autoencoder beside it."""
+    from onejump.prompts import reads_text
+    from onejump.types import UserError
+
+    if reads_text(saved) and kind != "safetensors":
+        raise UserError("a text-to-image model is exported as one file OUT.safetensors alone; `onejump sample` runs it")
 
 
 def export_file(saved: "SavedModel", out: Path, model: str) -> None:

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onejump import cli_evaluate
-from onejump.cli_input import check_seed, device_of
-from onejump.cli_sampling import STEPS, add_sampling, sampling, what_was_done
+from onejump.cli_input import check_seed
+from onejump.cli_sampling import STEPS, add_guidance, add_sampling, sampling, what_was_done
+from onejump.cli_team import team_of
+from onejump.cli_text import add_prompts, null_of, prompts_of, sample_prompts
 
 if TYPE_CHECKING:
     from onejump.types import Images
@@ -19,9 +21,11 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Their options; `add` makes a command."""
     made = add("sample", sample_command, "images from a model")
     made.add_argument("model", help="a model's folder, or a run's (its last stage)")
-    made.add_argument("--n", type=int, default=60, help="how many (default: %(default)s)")
+    made.add_argument("--n", type=int, help="how many (default: 60, or one a prompt)")
     made.add_argument("--steps", type=int, help=STEPS.format("1"))
     add_sampling(made)
+    add_prompts(made)
+    add_guidance(made)
     made.add_argument("--class", dest="label", metavar="NAME", help="one class only (default: all in turn)")
     made.add_argument("--seed", type=int, default=0, help="image k depends on (seed, k) alone (default: %(default)s)")
     made.add_argument("--out", type=Path, default=Path("samples.png"), help="grid .png, arrays .npz, or a folder")
@@ -32,29 +36,38 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def sample_command(args: argparse.Namespace) -> Work:
-    from onejump.saved import load_model
+    from onejump.guidance import guide_of
+    from onejump.importers.stable_diffusion import open_model
     from onejump.types import UserError
 
-    if args.n < 1:
+    if args.n is not None and args.n < 1:
         raise UserError(f"--n {args.n}: at least one image")
     check_seed(args.seed)
     check_kind(args.out)
-    saved = load_model(args.model)
-    saved.model.to(device_of(args.device))
+    saved = open_model(args.model)
+    team = team_of(args.device)
+    saved.model.to(team.device)
+    saved = guide_of(saved, args.model, args.guidance, args.guide, null_of(args, saved, team.device))
+    if prompts_of(args, saved, team.device):
+        return sample_prompts(args, saved, team.device, write_samples)
+    n = args.n or 60
     sampler, steps = sampling(args, saved)
     label = None if args.label is None else class_number(args.label, saved.class_names)
 
     def work() -> None:
         import torch
 
-        from onejump.generate import balanced_labels, generate
+        from onejump.generate import balanced_labels, generate_by
 
-        labels = balanced_labels(args.n, len(saved.class_names))
+        labels = balanced_labels(n, len(saved.class_names))
         if label is not None:
-            labels = torch.full((args.n,), label)
-        images = generate(saved.model, sampler, steps, range(args.n), saved.shape, labels, args.seed)
-        write_samples(images, labels, args.out, 10 if len(saved.class_names) in (0, 10) else len(saved.class_names))
-        print(f"{args.n} images, {what_was_done(sampler, steps)}, seed {args.seed}: {args.out}")
+            labels = torch.full((n,), label)
+        images = generate_by(team, saved.model, sampler, steps, n, saved.shape, labels, args.seed)
+        if team.first:
+            columns = 10 if len(saved.class_names) in (0, 10) else len(saved.class_names)
+            write_samples(images, labels, args.out, columns)
+            print(f"{n} images, {what_was_done(sampler, steps)}, seed {args.seed}: {args.out}")
+        team.leave()
 
     return work
 

@@ -13,6 +13,13 @@ if TYPE_CHECKING:
 STEPS = "jumps, a network call each (default: {}); a diffusion teacher: steps of its ODE (default: its own, 18)"
 
 
+def add_guidance(made: argparse.ArgumentParser) -> None:
+    """Of diffusion models."""
+    text = "diffusion models: scale of the guidance by the class or the prompt (default: 1, none)"
+    made.add_argument("--guidance", type=float, default=1.0, metavar="W", help=text)
+    made.add_argument("--guide", metavar="MODEL", help="guide by this diffusion model (autoguidance), not by the label")
+
+
 def add_sampling(made: argparse.ArgumentParser) -> None:
     made.add_argument("--times", metavar="T,T,..", help="falling noise levels instead of the model's own, such as 80,1")
     made.add_argument(

@@ -49,17 +49,18 @@ def show_command(args: argparse.Namespace) -> Work:
     for name, value in (("--data", args.data), ("--size", args.size)):
         if value is not None:
             raise UserError(f"{name}: goes with a recipe, and {args.what} is a model; leave it out")
-    from onejump.saved import load_model
+    from onejump.importers.stable_diffusion import open_model
 
-    saved, title = load_model(args.what), title_of(Path(args.what))
+    saved, title = open_model(args.what), title_of(Path(args.what))
     return lambda: show_model(title, saved, args.batch, args.curve)
 
 
 def title_of(path: Path) -> str:
     """The path, and which stage is meant if it is a run's."""
+    from onejump.data.text_parts import is_stable_diffusion
     from onejump.saved import model_folder
 
-    stage = None if path.is_file() else model_folder(path).parent
+    stage = None if path.is_file() or is_stable_diffusion(path) else model_folder(path).parent
     return f"{path}: {stage.name}, its last finished stage" if stage and stage.parent == path else str(path)
 
 

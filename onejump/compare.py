@@ -122,6 +122,8 @@ def compare(wanted: Sequence[str], names: Sequence[str] | None = None, all_stage
             found = ", ".join(entry.name for entry in entries)
             raise UserError(f"--names: {plural(len(names), 'name')} for {len(entries)} models ({found})")
         entries = tuple(replace(entry, name=name) for entry, name in zip(entries, names, strict=True))
+    else:
+        entries = named_by_record(entries)
     name, count = Counter(entry.name for entry in entries).most_common(1)[0]
     if count > 1 or not all(entry.name.strip() for entry in entries):
         what = f"{count} models are called {name!r}" if count > 1 else "a name is empty"
@@ -134,6 +136,17 @@ def compare(wanted: Sequence[str], names: Sequence[str] | None = None, all_stage
                 "image shape can be compared"
             )
     return Comparison(entries)
+
+
+def named_by_record(entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
+    """Models of one name are told apart by the names of their records, where those were given."""
+    count = Counter(entry.name for entry in entries)
+
+    def named(entry: Entry) -> Entry:
+        record = entry.target.record
+        return replace(entry, name=f"{entry.name} ({record.stem})") if record and count[entry.name] > 1 else entry
+
+    return tuple(map(named, entries))
 
 
 def measured_otherwise(ours: Record, theirs: Record, other: str) -> list[str]:

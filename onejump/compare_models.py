@@ -195,10 +195,21 @@ def targets_of(text: str, all_stages: bool = False) -> list[Target]:
     return [replace(target, record=record) for target in found]
 
 
+def _run(path: Path) -> RunFolder:
+    recipe = path / "recipe.json"
+    content = read_json(recipe)
+    try:
+        from_json(content)
+    except UserError as error:
+        way_out = "was it made by another version? A copy of the model's folder outside of the run can be compared"
+        raise UserError(f"{recipe}: cannot be read ({error}); {way_out}") from error
+    return read_run(path)
+
+
 def _of_run(path: Path, all_stages: bool = False) -> list[Target]:
     """The stages that this path means, [] if it lies in no run."""
     if (path / "recipe.json").is_file():
-        run = read_run(path)
+        run = _run(path)
         done = [stage for stage in run.stages if stage.summary]
         if not done:
             raise UserError(f"{path}: no stage of this run is finished; it goes on with `{run.command}`")
@@ -208,7 +219,7 @@ def _of_run(path: Path, all_stages: bool = False) -> list[Target]:
         folder = folder.parent if folder.name == "model" else folder
         if not (folder.parent / "recipe.json").is_file():
             return []
-        run = read_run(path.parent if path.name == folder.name else folder.parent)
+        run = _run(path.parent if path.name == folder.name else folder.parent)
         chosen = [stage for stage in run.stages if stage.name == folder.name]
         if chosen and not chosen[0].summary:
             raise UserError(f"{path}: this stage is not finished; it goes on with `{run.command}`")

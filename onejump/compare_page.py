@@ -2,9 +2,10 @@
 
 import os
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from html import escape
-from math import isfinite
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -12,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from onejump.analytic_page import write_page
 from onejump.compare import MODELS, Comparison, Sheet, gflop_of, peta, time_of
 from onejump.compare_models import Entry
+from onejump.compare_verdict import frechet, verdict
 from onejump.page import charts, definitions, figure, number, plural, section, table
 from onejump.svg import GREY, Points, Style, line_chart
 
@@ -39,27 +41,6 @@ def write_comparison(path: Path, found: Comparison, sheets: Sequence[Sheet], rea
     sections += [section("Terms", "", definitions(TERMS, "terms")), origin(found)]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_page(path, f"Comparison of {len(found.entries)} models", verdict(found), sections)
-
-
-def verdict(found: Comparison) -> str:
-    """Which of the comparable models is at the lowest distance, for each number of steps that several have."""
-    said = []
-    for k in sorted({k for entry in found.comparable for k in entry.results}):
-        having = [entry for entry in found.comparable if k in entry.results and isfinite(frechet(entry, k))]
-        if len(having) > 1:
-            order = sorted(having, key=lambda entry: frechet(entry, k))
-            (best, second), names = (frechet(e, k) for e in order[:2]), [escape(e.name) for e in order[:2]]
-            close = "; their 95 % intervals overlap" if overlap(order[0], order[1], k) else ""
-            said.append(
-                f"With {plural(k, 'step')}, <strong>{names[0]}</strong> is at the lowest Fréchet distance, "
-                f"<strong>{number(best)}</strong>, before {names[1]} at {number(second)}{close}."
-            )
-    return "<br>".join(said) or "No two of these models have comparable results with the same number of steps."
-
-
-def overlap(best: Entry, second: Entry, steps: int) -> bool:
-    ours, theirs = (entry.results[steps].get("frechet_interval") for entry in (best, second))
-    return bool(ours and theirs and theirs[0] <= ours[1])
 
 
 def pictures(found: Comparison, sheets: Sequence[Sheet], real: Path | None, about: str) -> str:
@@ -173,12 +154,32 @@ def style_of(found: Comparison, entry: Entry, dash: bool = False, markers: bool 
     return Style(i % GREY, dash or i >= GREY, markers, 1.0 if i < 2 * GREY else 0.5)
 
 
-def frechet(entry: Entry, steps: int) -> float:
-    return entry.results[steps]["frechet"]
-
-
 def distances(entry: Entry) -> list[tuple[int, float]]:
     return [(k, frechet(entry, k)) for k in entry.results]
+
+
+def chart(
+    series: Mapping[str, Points], styles: Mapping[str, Style], title: str, x: str, y: str, log_x: bool = False
+) -> str:
+    """Distances on a log axis. Of lines that lie over each other each stays to be seen, or is told.
+
+    The later one changes to dashes without markers, through which the earlier one shows; a single point cannot, and
+    says in its name over which it lies.
+    """
+    lines: dict[str, Points] = {}
+    looks: dict[str, Style] = {}
+    below: Counter[tuple] = Counter()
+    alone: dict[tuple, str] = {}
+    for name, points in series.items():
+        stretches = set(zip(points, points[1:], strict=False))
+        depth, style = max((below[stretch] for stretch in stretches), default=0), styles[name]
+        if depth:
+            style = replace(style, dash=not style.dash, markers=False, opacity=(0.5 if style.dash else 1) / depth)
+        below.update(stretches)
+        if len(points) == 1 and (other := alone.setdefault(points[0], name)) != name:
+            name = f"{name} (over {other})"
+        lines[name], looks[name] = points, style
+    return line_chart(lines, title, x, y, log_x=log_x, log_y=True, styles=looks)
 
 
 def against_steps(found: Comparison) -> str:
@@ -199,7 +200,7 @@ def against_steps(found: Comparison) -> str:
         series["half of the real images"] = [(1, half), (most, half)]
         styles["half of the real images"] = Style(GREY, dash=True)
     labels = ("Against sampling steps", "sampling steps", FRECHET)
-    return line_chart(series, *labels, log_x=True, log_y=True, styles=styles)
+    return chart(series, styles, *labels, log_x=True)
 
 
 def per_image(found: Comparison, unit: str) -> str:
@@ -212,7 +213,7 @@ def per_image(found: Comparison, unit: str) -> str:
         cost = {k: gflop_of(entry, k) if unit == "GFLOP" else time_of(own) for k, own in entry.results.items()}
         series[entry.name] = [(x, y) for k, y in distances(entry) if (x := cost[k]) is not None]
     styles = {entry.name: style_of(found, entry) for entry in found.comparable}
-    return line_chart(series, title, label, FRECHET, log_x=far_apart(series), log_y=True, styles=styles)
+    return chart(series, styles, title, label, FRECHET, log_x=far_apart(series))
 
 
 def far_apart(series: Mapping[str, Points]) -> bool:
@@ -238,7 +239,7 @@ def against_training(found: Comparison) -> str:
     series: dict[str, Points] = {e.name: [(places[e.name], y) for _, y in distances(e)] for e in known}
     styles = {entry.name: style_of(found, entry) for entry in known}
     labels = ("Against training", label, FRECHET)
-    return line_chart(series, *labels, log_x=far_apart(series), log_y=True, styles=styles)
+    return chart(series, styles, *labels, log_x=far_apart(series))
 
 
 def one_measure(found: Comparison) -> bool:
@@ -260,7 +261,7 @@ def while_training(found: Comparison) -> str:
             series[name] = [(x, line["frechet"].get(k)) for x, line in zip(seen, lines, strict=True)]
             styles[name] = style_of(found, entry)
     labels = ("While training", "images, in the model's own stage", FRECHET)
-    return line_chart(series, *labels, log_y=True, styles=styles) if series else ""
+    return chart(series, styles, *labels) if series else ""
 
 
 def write_picture(path: Path, found: Comparison, sheets: Sequence[Sheet], real: Path | None) -> None:

@@ -10,7 +10,8 @@ from onejump.analytic import AnalyticPrecond
 from onejump.analytic_jump import Analytic, Gaussian
 from onejump.analytic_table import Estimator
 from onejump.data.augment import AugmentPipe
-from onejump.ema import EMA, ConstantEMA, PowerEMA
+from onejump.ema import EMA, ConstantEMA, PowerEMA, Snapshots
+from onejump.hand_over import Plateau, check_rule
 from onejump.losses import Distance, Weight
 from onejump.lpips import LPIPS
 from onejump.methods.base import boundary_count
@@ -19,6 +20,7 @@ from onejump.methods.continuous import ContinuousCD, ContinuousCT
 from onejump.methods.ct import CT
 from onejump.methods.ctm import CTM
 from onejump.methods.ctm_gan import CTMGAN
+from onejump.methods.distilled import Distilled
 from onejump.methods.dsm import DSM
 from onejump.methods.ect import ECT
 from onejump.methods.ict import ICT
@@ -28,16 +30,28 @@ from onejump.networks.critic import ProjectedCriticConfig, SmallCriticConfig, Ti
 from onejump.networks.edm2_unet import EDM2UNetConfig
 from onejump.networks.mlp import MLPConfig
 from onejump.networks.song_unet import SongUNetConfig
+from onejump.networks.text_unet import TextUNetConfig
 from onejump.optim import Adam, ConstantRate, CosineRate, InverseSqrtRate, Optimizer, RAdam, Rate
-from onejump.precond import CM, EDM, Euler, ToData
+from onejump.precond import CM, EDM, Euler, StableDiffusion, ToData
 from onejump.samplers import ODE, Jumps, Multistep, Sampler, Trajectory
 from onejump.solvers import Solver
-from onejump.times import Discretisation, HalfLogNormal, KarrasUniform, LogNormal, LogStudentT, check_range
+from onejump.times import (
+    AtLevels,
+    Discretisation,
+    HalfLogNormal,
+    KarrasUniform,
+    LevelSteps,
+    LogNormal,
+    LogStudentT,
+    check_range,
+)
 from onejump.types import UserError
+from onejump.vp import VPSchedule
 
-Network = SongUNetConfig | ADMUNetConfig | EDM2UNetConfig | MLPConfig
+Network = SongUNetConfig | ADMUNetConfig | EDM2UNetConfig | MLPConfig | TextUNetConfig
 OneJump = ToData | CM | Euler | Gaussian | Analytic  # a jump that a model can have
-Distilling = CD | ContinuousCD | CTM | CTMGAN  # methods with a teacher
+Distilling = CD | ContinuousCD | CTM | CTMGAN | Distilled  # methods with a teacher
+AnyMethod = DSM | CT | ContinuousCT | ICT | ECT | TCM | CD | ContinuousCD | CTM | CTMGAN | Distilled
 Trajectories = CTM | CTMGAN  # methods whose jumps end anywhere
 
 MAX_SEED = 2**63 - 1
@@ -48,7 +62,7 @@ SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # of karras_grid, on which CT, CD, iCT and C
 class Stage:
     """One training run: a method, how long, and how. Published numbers belong to recipes, not here."""
 
-    method: DSM | CT | ContinuousCT | ICT | ECT | TCM | CD | ContinuousCD | CTM | CTMGAN
+    method: AnyMethod
     steps: int
     count_on: bool = False  # steps are counted on from the stage before (TCM's stage 2); else from 0
     batch: int = 64  # images an optimiser step
@@ -58,37 +72,50 @@ class Stage:
     clip: float = 1e6  # gradient norm
     augment: AugmentPipe | None = None  # of the images; the network is told by labels of its own (augment_dim)
     ema: EMA = ConstantEMA()
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    precond: EDM = EDM()
+    snapshots: Snapshots | None = None  # EMAs to make one of any width of, afterwards
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"  # of the network's passes; tf32: NVIDIA GPUs alone
+    checkpointing: bool = False  # the maps inside a block are computed again in the backward pass, and not kept
+    precond: EDM | StableDiffusion = EDM()
     jump: OneJump | AnalyticPrecond = ToData()  # AnalyticPrecond: computed from the teacher when the stage starts
     second_time: Literal["off", "zero", "random"] = "off"  # the network reads s too; how that branch starts
     critic: SmallCriticConfig | ProjectedCriticConfig | None = None  # of CTMGAN
     sampler: Sampler = Multistep()
+    guidance: float = 1.0  # scale of the teacher's classifier-free guidance; 1: none
+    label_dropout: float = 0.0  # share of samples without their label; what guides a diffusion model learns from them
+    until: Plateau | None = None  # the stage may end before its steps, and hands over its best model; none: its last
 
     def __post_init__(self) -> None:
         check_range(at_least=1, steps=self.steps, batch=self.batch)
+        check_range(at_least=0, guidance=self.guidance)
+        check_range(at_least=0, below=1, label_dropout=self.label_dropout)
         if not 0 <= self.micro_batch <= self.batch:
             raise UserError(f"micro_batch: {self.micro_batch}; 0 (the whole batch) to batch={self.batch} is possible")
         if not self.clip > 0:
             raise UserError(f"clip: {self.clip:g}; a gradient norm above 0 is needed")
-        if isinstance(self.method, TCM):
-            self._check_passes(self.method.rho)
-        if isinstance(self.method, ContinuousCT | ContinuousCD) and self.precision != "fp32":
-            raise UserError(f"precision: {self.precision}; forward derivatives want fp32")
+        if isinstance(self.core, TCM):
+            self._check_passes(self.core.rho)
+        if isinstance(self.method, ContinuousCT | ContinuousCD) and self.precision not in ("fp32", "tf32"):
+            raise UserError(f"precision: {self.precision}; forward derivatives want fp32 or tf32")
         _check_jump(self)
+
+    @property
+    def core(self) -> AnyMethod:
+        """The method; of ECT and TCM in distillation, these."""
+        return self.method.of if isinstance(self.method, Distilled) else self.method
 
     def _check_passes(self, rho: float) -> None:
         """Each pass of TCM holds samples of both kinds, in the shares of the whole batch."""
         boundary_count(self.batch, rho)  # refuses a batch or a share that holds none
-        if self.micro_batch and not self._keeps_shares(self.micro_batch, rho):
-            sizes = (n for n in range(2, self.batch + 1) if self._keeps_shares(n, rho))
+        if self.micro_batch and not self.keeps_shares(self.micro_batch, rho):
+            sizes = (n for n in range(2, self.batch + 1) if self.keeps_shares(n, rho))
             nearest = min(sizes, key=lambda n: abs(n - self.micro_batch))
             raise UserError(
                 f"micro_batch: {self.micro_batch}; with batch={self.batch} and method.rho={rho:.15g} it would change "
                 f"the share of samples at t'; use {nearest}"
             )
 
-    def _keeps_shares(self, size: int, rho: float) -> bool:
+    def keeps_shares(self, size: int, rho: float) -> bool:
+        """Whether passes of this size hold TCM's samples at t' in the share of the whole batch."""
         passes, left = divmod(self.batch, size)
         return left == 0 and size >= 2 and passes * boundary_count(size, rho) == boundary_count(self.batch, rho)
 
@@ -96,10 +123,11 @@ class Stage:
 def _check_jump(stage: Stage) -> None:
     """Where jumps end must be where the method says f is the identity, and CTM's go anywhere."""
     name, sigma_min = type(stage.method).__name__, stage.jump.sigma_min
-    if not isinstance(stage.method, DSM | ECT | TCM) and sigma_min != SIGMA_MIN:
-        use = "Euler" if isinstance(stage.method, Trajectories) else "CM"
+    ends = 0.0 if isinstance(stage.method, CD) and stage.method.levels else SIGMA_MIN
+    if not isinstance(stage.core, DSM | ECT | TCM) and sigma_min != ends:
+        use = "Euler" if isinstance(stage.method, Trajectories) else "CM" if ends else "ToData"
         raise UserError(
-            f"jump: {type(stage.jump).__name__} ends at {sigma_min:.15g}; {name}'s first time is {SIGMA_MIN}, where f "
+            f"jump: {type(stage.jump).__name__} ends at {sigma_min:.15g}; {name}'s first time is {ends:g}, where f "
             f"must be the identity: use jump={use}, or another that ends there"
         )
     if isinstance(stage.method, Trajectories) and (isinstance(stage.jump, CM) or stage.second_time == "off"):
@@ -109,6 +137,8 @@ def _check_jump(stage: Stage) -> None:
         )
     if not isinstance(stage.method, Trajectories) and stage.second_time != "off":
         raise UserError(f"second_time: {stage.second_time}; {name}'s jumps end in one place only: use second_time=off")
+    if stage.guidance != 1 and not isinstance(stage.method, Distilling):
+        raise UserError(f"guidance: {stage.guidance:g} is of a teacher, and {name} has none; use guidance=1")
     if isinstance(stage.method, CTMGAN) != (stage.critic is not None):
         raise UserError(f"critic: CTMGAN, and no other method, needs one; the method is {name}")
     if isinstance(stage.jump, Analytic):
@@ -167,13 +197,30 @@ class Recipe:
         for name, stage in self.stages.items():
             if name in taken or not re.fullmatch(r"\w[\w-]*", name):
                 raise UserError(f"stages: {name!r} is no name for a stage; use a plain word, such as stage1")
-            if isinstance(self.network, EDM2UNetConfig) and stage.second_time != "off":
+            if isinstance(self.network, EDM2UNetConfig | TextUNetConfig) and stage.second_time != "off":
                 raise UserError(
-                    f"{name}.second_time: {stage.second_time}; EDM2UNetConfig reads one time only, and jumps that end "
-                    "anywhere need another: use network=SongUNetConfig or ADMUNetConfig"
+                    f"{name}.second_time: {stage.second_time}; {type(self.network).__name__} reads one time only, and "
+                    "jumps that end anywhere need another: use network=SongUNetConfig or ADMUNetConfig"
                 )
+            if isinstance(self.network, TextUNetConfig) != isinstance(stage.precond, StableDiffusion):
+                pair = f"{type(stage.precond).__name__} with network {type(self.network).__name__}"
+                raise UserError(f"{name}.precond: {pair}; StableDiffusion and TextUNetConfig go together, and alone")
             _check_augment(name, stage, self.network)
             _check_sampler(name, stage, self.evaluation.steps)
+            _check_labels(name, stage, self.network)
+            if stage.until:
+                low = stage.core.t_prime if isinstance(stage.core, TCM) else SIGMA_MIN
+                asked, is_judged = self.evaluation.steps, not isinstance(stage.method, DSM)
+                check_rule(f"{name}.until", stage.until, self.evaluate_every, asked, is_judged, (low, SIGMA_MAX))
+
+
+def _check_labels(name: str, stage: Stage, network: Network) -> None:
+    """Labels that are left out must be there, and wanted: guidance is for diffusion models alone."""
+    if stage.label_dropout and not isinstance(stage.method, DSM):
+        kind = type(stage.method).__name__
+        raise UserError(f"{name}.label_dropout: {kind} makes no diffusion model, which alone is guided; use 0")
+    if stage.label_dropout and not network.label_dim:
+        raise UserError(f"{name}.label_dropout: the network knows no classes; use 0")
 
 
 def _check_augment(name: str, stage: Stage, network: Network) -> None:
@@ -207,18 +254,19 @@ def _check_sampler(name: str, stage: Stage, asked: tuple[int, ...]) -> None:
             f"give {name}.sampler.mid more times"
         )
     last = min(stage.sampler.times(steps))
-    if isinstance(stage.method, TCM) and last < stage.method.t_prime:
-        t_prime = stage.method.t_prime
+    if isinstance(stage.core, TCM) and last < stage.core.t_prime:
+        t_prime = stage.core.t_prime
         raise UserError(f"{name}.sampler: time {last:g} is below {name}.method.t_prime={t_prime:g}; use that or more")
 
 
 CLASSES: tuple[type, ...] = (
     *(Recipe, Stage, Evaluation, SongUNetConfig, ADMUNetConfig, EDM2UNetConfig, MLPConfig),
+    *(TextUNetConfig, StableDiffusion, VPSchedule, AtLevels, LevelSteps, Distilled),
     *(DSM, CT, ContinuousCT, ICT, ECT, TCM, CD, ContinuousCD, CTM, CTMGAN, LPIPS),
     *(SmallCriticConfig, ProjectedCriticConfig, TimmFeatures),
     *(LogNormal, HalfLogNormal, KarrasUniform, LogStudentT, Discretisation),
     *(EDM, ToData, CM, Euler, Gaussian, Analytic, AnalyticPrecond, Estimator),
-    *(Multistep, Trajectory, Jumps, ODE, ConstantEMA, PowerEMA),
+    *(Multistep, Trajectory, Jumps, ODE, ConstantEMA, PowerEMA, Snapshots, Plateau),
     *(RAdam, Adam, ConstantRate, InverseSqrtRate, CosineRate, AugmentPipe),
 )
 CHOICES: dict[Any, tuple[Callable, ...]] = {  # by the annotation of the field

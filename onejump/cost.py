@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from onejump.config import Network
 from onejump.networks.mlp import MLPConfig
+from onejump.networks.text_unet import TextUNetConfig
 
 TRAINED_COPIES = 5  # weights, gradients, Adam's two moments, EMA
 
@@ -78,8 +79,15 @@ def flops_of(net: nn.Module, network: Network) -> int:
 def _pass(net: nn.Module, network: Network, batch: int) -> Tensor:
     """One call, with the arguments that this network wants."""
     t = torch.ones(batch)
-    cond = torch.zeros(batch, dtype=torch.int64) if network.label_dim else None
-    return net(torch.zeros(batch, *shape_of(network)), t, None if network.second_time == "off" else t, cond)
+    s = None if network.second_time == "off" else t
+    return net(torch.zeros(batch, *shape_of(network)), t, s, blank_cond(network, batch))
+
+
+def blank_cond(network: Network, n: int) -> Tensor | None:
+    """What the network is told of n images: the first class of each, a text of zeros, or nothing."""
+    if isinstance(network, TextUNetConfig):
+        return torch.zeros(n, network.tokens, network.text_width)
+    return torch.zeros(n, dtype=torch.int64) if network.label_dim else None
 
 
 def shape_of(network: Network) -> tuple[int, ...]:

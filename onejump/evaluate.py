@@ -1,5 +1,6 @@
 """How good a model's samples are: the numbers of evaluation.json."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,8 +13,9 @@ from onejump.data.image_set import ImageSet
 from onejump.evaluation.reading import FEATURES, Reader
 from onejump.evaluation.statistics import GaussianStatistics, frechet_distance
 from onejump.generate import Rounding, balanced_labels, block_on
-from onejump.judge import Judge, detector_for, told
+from onejump.judge import Judge, detector_for, same_classes, told
 from onejump.parts import Denoised, Generated, Given, Job, Source, Workers
+from onejump.prompts import Prompts
 from onejump.reference import Tell
 from onejump.samplers import Sampler
 from onejump.saved import SavedModel
@@ -28,7 +30,7 @@ class How:
     """How samples are made, beyond their model, number and seed.
 
     block, rounding: see `generate`. denoise: noise levels of the denoising FID. identity: the model's checksum, under
-    which parts are kept. sampler: in place of the model's own.
+    which parts are kept. sampler: in place of the model's own. prompts: of a text-to-image model.
     """
 
     block: int | None = None
@@ -37,6 +39,7 @@ class How:
     workers: Workers = Workers()
     identity: str = ""
     sampler: Sampler | None = None
+    prompts: Prompts | None = None
 
 
 def evaluate(
@@ -45,20 +48,48 @@ def evaluate(
     """{"steps": {"1": numbers, "2": numbers}} of n samples each, images 0 .. n - 1 of this seed.
 
     Classes are asked of a model that has some; whether they came is told where they are those of the real images. The
-    same numbers whatever the batch, the threads and the processes, and after a resume.
+    same numbers whatever the batch, the threads and the processes, and after a resume. Raises UserError for metrics by
+    class where the model knows other classes.
     """
     how = how or How()
     sampler = how.sampler or saved.sampler
     how = replace(how, sampler=sampler, block=how.block or block_on(next(saved.model.parameters()).device))
     labels, out = balanced_labels(n, len(saved.class_names)), {}
-    known = saved.class_names == judge.data.class_names
+    known = same_classes(saved.class_names, judge.data.class_names)
+    check_classes(judge, saved.class_names)
     denoising = _denoising(judge, saved, n, seed, batch, how) if "dfid" in judge.metrics else {}
     for k in steps:
-        source = Generated(saved, sampler, k, labels, seed, batch, how.block, how.rounding)
+        source = Generated(saved, sampler, k, labels, seed, batch, how.block, how.rounding, how.prompts)
         about = {"steps": k, "times": sampler.times(k), "sampler": to_json(sampler)}
+        about |= how.prompts.about if how.prompts else {}
         numbers = measure(judge, source, n, f"{k} step{'s' if k > 1 else ''}", how, about, seed, labels, known)
         out[str(k)] = {**numbers, "times": sampler.times(k), "nfe": sampler.calls(k), "seed": seed}
     return {"sampler": to_json(sampler), "block": how.block, "rounding": how.rounding, "steps": out, **denoising}
+
+
+def check_classes(judge: Judge, class_names: tuple[str, ...]) -> None:
+    """Raises UserError for metrics that ask for classes, where those of the samples are not those of the images."""
+    known = same_classes(class_names, judge.data.class_names)
+    if "dfid" in judge.metrics and class_names and not known:
+        raise UserError("metrics: dfid denoises the images as the classes they are; the model knows other classes")
+    if "per-class" in judge.metrics and not known:
+        what = "have other classes" if class_names else "have none"
+        raise UserError(f"metrics: per-class compares within the classes of the real images; the samples {what}")
+
+
+def question_of(judge: Judge, how: How | None, about: dict[str, Any]) -> dict[str, Any]:
+    """All that the numbers of a record depend on, as JSON, so that another evaluation can be told from a second one."""
+    whole: dict[str, Any] = {**about, "metrics": sorted({"fid", *judge.metrics}), "data": None, "reference": None}
+    whole |= {"detector": judge.detector.hash}
+    if judge.data.n:
+        whole["data"] = judge.data.fingerprint
+    if judge.given:
+        whole["reference"] = judge.given.file_sha256
+    if how:
+        whole |= {"model": how.identity, "sampler": to_json(how.sampler), "block": how.block, "rounding": how.rounding}
+        whole |= {"denoise": list(how.denoise)} if "dfid" in judge.metrics else {}
+        whole |= {"prompts": how.prompts.about} if how.prompts else {}
+    return json.loads(json.dumps(whole))
 
 
 def evaluate_images(judge: Judge, images: Images, labels: Tensor | None, workers: Workers) -> dict[str, Any]:
@@ -82,12 +113,13 @@ def measure(
 
     Of several processes started from outside, all but the first do their share of the parts and know no numbers: {}.
     """
-    seconds = 0.0
+    seconds, scores = 0.0, torch.zeros((), dtype=torch.float64)
 
     def parts(tell: Tell) -> Iterator[dict[str, Tensor]]:
-        nonlocal seconds
+        nonlocal seconds, scores
         for part in job_of(judge.reader, source, n, how, about, seed).run(tell):
             seconds += part["seconds"].item()
+            scores = scores + part["clip"].double().sum() if "clip" in part else scores
             yield part
 
     with told(title, judge.show) as tell:
@@ -95,7 +127,8 @@ def measure(
         if how.workers.rank:
             assert not list(read)
             return {}
-        return {**judge.judged(read, labels if known else None), "seconds": seconds}
+        found = {**judge.judged(read, labels if known else None), "seconds": seconds}
+        return found | ({"clip_score": scores.item() / n} if how.prompts and how.prompts.clip else {})
 
 
 def job_of(reader: Reader, source: Source, n: int, how: How, about: dict[str, Any], seed: int) -> Job:
@@ -109,8 +142,6 @@ def job_of(reader: Reader, source: Source, n: int, how: How, about: dict[str, An
 def _denoising(judge: Judge, saved: SavedModel, n: int, seed: int, batch: int, how: How) -> dict[str, Any]:
     """Denoising FID (TCM's): of f(x0 + t eps, t) for real x0, by noise level; those below t' are left out."""
     data, found = judge.data, {}
-    if saved.class_names and saved.class_names != data.class_names:
-        raise UserError("metrics: dfid denoises the images as the classes they are; the model knows other classes")
     chosen = torch.randperm(data.n, generator=torch.Generator().manual_seed(0))[:n]
     images, labels = data.pick(chosen), data.labels[chosen] if saved.class_names and data.labels is not None else None
     for t in how.denoise:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from onejump.data.image_set import from_uint8, to_uint8
+from onejump.distributed import Team
 from onejump.evaluation.reading import one_core_each
 from onejump.model import ConsistencyModel
 from onejump.samplers import Sampler, noise_for
@@ -45,6 +46,7 @@ def generate(
     batch: int = 256,
     block: int | None = None,
     rounding: Rounding = "round",
+    decode: Callable[[Samples], Samples] | None = None,
 ) -> Images:
     """The images with these numbers, uint8 on the CPU. labels: the class asked of each, int64 [n], or None.
 
@@ -52,15 +54,39 @@ def generate(
     always row k mod block of a network call with `block` rows, whose other rows are whichever images were asked for
     too, or grey. So neither `batch`, how many images are in flight at once, nor the number of threads or processes
     changes it. block: see `block_on`. Runs in eval mode, and leaves the model in the mode it was in.
+    Of a text-to-image model, `labels` are embeddings of prompts, and `decode` makes images of its latents.
     """
 
     def start(places: list[int]) -> Tensor:
         return noise_for([indices[place] for place in places], shape, sampler.draws(steps), seed).transpose(0, 1)
 
     def run(noise: Tensor, cond: Cond) -> Samples:
-        return sampler(model, noise.transpose(0, 1), steps, cond)
+        x0 = sampler(model, noise.transpose(0, 1), steps, cond)
+        return decode(x0) if decode else x0
 
     return _in_blocks(model, start, run, indices, labels, batch, block, rounding)
+
+
+def generate_by(
+    team: Team,
+    model: ConsistencyModel,
+    sampler: Sampler,
+    steps: int,
+    n: int,
+    shape: tuple[int, int, int],
+    labels: Tensor | None = None,
+    seed: int = 0,
+) -> Images:
+    """Images 0 .. n - 1, the very ones of `generate`, on every process of the team, each of which makes its share."""
+    block = block_on(next(model.parameters()).device)
+    places = torch.arange(n)
+    mine = places[places // block % team.world == team.rank]
+    own = torch.empty(0, *shape, dtype=torch.uint8)
+    if len(mine):
+        asked = None if labels is None else labels[mine]
+        own = generate(model, sampler, steps, mine.tolist(), shape, asked, seed, block=block)
+    images = torch.empty(n, *shape, dtype=torch.uint8)
+    return images.index_copy_(0, team.gathered(mine), team.gathered(own))
 
 
 def denoise_images(

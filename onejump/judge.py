@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onejump.data.image_set import ImageSet
+from onejump.data.source import numbered
 from onejump.data.training_set import TrainingSet
 from onejump.evaluation.bootstrap import frechet_interval
 from onejump.evaluation.features import Detector, DigitsDetector, PixelDetector
@@ -21,16 +21,17 @@ from onejump.evaluation.metrics import (
     inception_score,
     kid,
     kid_subsets,
-    nearest_neighbours,
+    nearest_in_chunks,
 )
 from onejump.evaluation.reading import FEATURES, PROBABILITIES, SPATIAL, Reader
 from onejump.evaluation.statistics import GaussianStatistics, Moments, check_one_detector, frechet_distance
 from onejump.metrics_log import progress_of
-from onejump.reference import NEAREST, SAMPLE, Reference, Tell, cache_folder, reference_of
+from onejump.reference import CHUNK, NEAREST, SAMPLE, Reference, Tell, cache_folder, reference_of
 from onejump.types import Images, UserError
 
 METRICS = ("fid", "kid", "kid-subsets", "is", "pr", "dc", "sfid", "dfid", "per-class")
 NEEDS_IMAGES = ("kid", "kid-subsets", "pr", "dc", "dfid", "per-class")  # and not only their statistics
+AT_LEAST = {"pr": 4, "dc": 6}  # real images: balls reach to the third, to the fifth nearest other
 DIGITS = tuple("0123456789")
 
 
@@ -38,6 +39,14 @@ def detector_for(data: TrainingSet) -> Detector:
     """The digits classifier for digits of its kind; for any other images their pixels, area-averaged to 8x8."""
     of_its_kind = data.shape == (1, 8, 8) and data.class_names == DIGITS
     return DigitsDetector() if of_its_kind else PixelDetector()
+
+
+def same_classes(asked: tuple[str, ...], real: tuple[str, ...]) -> bool:
+    """Whether class k of samples is class k of real images: by name, or by number where the samples' have no names.
+
+    Published models know their classes by number alone.
+    """
+    return asked == real or (len(asked) == len(real) and asked == numbered(list(range(len(asked)))))
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +70,8 @@ class Judge:
                 raise UserError(f"metrics: no {name!r}; there are {', '.join(METRICS)}")
             if not self.data.n and name in NEEDS_IMAGES:
                 raise UserError(f"metrics: {name} compares with real images themselves; give them with --data")
+            if 0 < self.data.n < AT_LEAST.get(name, 0):
+                raise UserError(f"metrics: {name} needs at least {AT_LEAST[name]} real images, not {self.data.n}")
         if "per-class" in self.metrics and self.data.labels is None:
             raise UserError("metrics: per-class needs real images with labels")
         reader = self.reader
@@ -114,15 +125,25 @@ class Judge:
             "nearest_rms_of_real": self._nearest_of_real(),
         }
 
-    def _nearest_of_real(self) -> float | None:
+    def _nearest_of_real(self) -> float:
         """Mean distance of a real image to the nearest of all others, over up to 1,000 of them drawn at random.
 
-        An image is left out by its place: where the set holds one twice, the distance is 0. None for sets on a disk.
+        An image is left out by its place: where the set holds one twice, the distance is 0.
         """
-        if not isinstance(self.data, ImageSet):
-            return None
         chosen = torch.randperm(self.data.n, generator=torch.Generator().manual_seed(1))[:NEAREST]
-        return nearest_neighbours(self.data.images[chosen], self.data.images, chosen)[1].mean().item()
+        return self._nearest(self.data.pick(chosen), chosen)
+
+    def _nearest(self, images: Images, own: Tensor | None = None) -> float:
+        """Mean distance to the nearest real image, from one pass over them. own: the places of those that are some."""
+        with told("nearest real images", self.show and self.data.n > SAMPLE) as tell:
+            return nearest_in_chunks(images, self._real_images(tell), own)[1].mean().item()
+
+    def _real_images(self, tell: Tell) -> Iterator[Images]:
+        done = 0
+        for images, _ in self.data.chunks(CHUNK):
+            yield images
+            done += len(images)
+            tell(done, self.data.n)
 
     def frechet(self, images: Images) -> float:
         return frechet_distance(self.reader(images)[FEATURES], self.statistics)
@@ -151,8 +172,7 @@ class Judge:
             found["spatial_frechet"] = frechet_distance(spatial.statistics(), places)
         if self.data.n:
             found |= self._pairs(read[FEATURES][:SAMPLE])
-        if self.data.n and isinstance(self.data, ImageSet):
-            found["nearest_rms"] = nearest_neighbours(read["images"], self.data.images)[1].mean().item()
+            found["nearest_rms"] = self._nearest(read["images"])
         return found | self._classes(read, labels)
 
     def _pairs(self, features: Tensor) -> dict[str, Any]:

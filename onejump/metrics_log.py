@@ -1,4 +1,4 @@
-"""What a run tells while it trains: running sums, lines in metrics.jsonl and evaluations.jsonl, a progress display."""
+"""What a run tells while it trains: lines in metrics.jsonl and evaluations.jsonl, a progress display."""
 
 import json
 import math
@@ -11,62 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import torch
-from torch import Tensor
-
-from onejump.methods.base import Stats
 from onejump.types import UserError
 
-BINS, T_LOW, T_HIGH = 16, 0.002, 80.0  # of loss_by_t
 LINE_EVERY = 10.0  # seconds between two lines of progress
-
-
-def time_bin(t: Tensor) -> Tensor:
-    """Which of the 16 bins, even in ln t between 0.002 and 80, holds each t; the end bins take what is outside."""
-    share = (t.double() / T_LOW).log() / math.log(T_HIGH / T_LOW)
-    return (share * BINS).floor().clamp(0, BINS - 1).long()
-
-
-@dataclass
-class RunningSums:
-    """Sums over the steps since the last log line; the tensors stay on the device. Skipped steps count in time only."""
-
-    loss: Tensor
-    grad_norm: Tensor
-    distance: Tensor  # [16], by time
-    count: Tensor  # [16], samples
-    good: int = 0
-    steps: int = 0
-    seconds: float = 0.0
-
-    @classmethod
-    def zero(cls, device: torch.device) -> "RunningSums":
-        zeros = torch.zeros(2 + 2 * BINS, dtype=torch.float64, device=device)
-        return cls(zeros[0].clone(), zeros[1].clone(), zeros[2 : 2 + BINS].clone(), zeros[2 + BINS :].clone())
-
-    def add(self, loss: Tensor, grad_norm: Tensor, stats: Stats) -> None:
-        self.loss += loss
-        self.grad_norm += grad_norm
-        bins, distance = time_bin(stats["t"]), stats["distance"].detach().double()
-        self.distance.index_add_(0, bins, distance)
-        self.count.index_add_(0, bins, torch.ones_like(distance))
-        self.good += 1
-
-    def means(self) -> dict[str, Any]:
-        """Means over the good steps; None where there were none, or no sample in a bin."""
-        sums = torch.cat([self.loss[None], self.grad_norm[None], self.distance, self.count]).tolist()
-        pairs = zip(sums[2 : 2 + BINS], sums[2 + BINS :], strict=True)
-        return {
-            "loss": sums[0] / self.good if self.good else None,
-            "grad_norm": sums[1] / self.good if self.good else None,
-            "loss_by_t": [distance / count if count else None for distance, count in pairs],
-        }
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"loss": self.loss, "grad_norm": self.grad_norm, "distance": self.distance, "count": self.count}
-
-    def meta(self) -> dict[str, Any]:
-        return {"good": self.good, "steps": self.steps, "seconds": self.seconds}
 
 
 class JsonLines:
@@ -107,22 +54,42 @@ def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class RunLog:
-    """metrics.jsonl and evaluations.jsonl in the folder of a stage, and TensorBoard's copy of them if asked for."""
+    """metrics.jsonl and evaluations.jsonl in the folder of a stage, and TensorBoard's copy of them if asked for.
 
-    def __init__(self, out: Path, last_step: int, tensorboard: bool = False):
-        self.metrics = JsonLines(out / "metrics.jsonl", last_step)
-        self.evaluations = JsonLines(out / "evaluations.jsonl", last_step)
-        self.board = _tensorboard(out / "tensorboard", last_step) if tensorboard else None
+    writes: False in all but one of several processes, where nothing is opened and nothing happens.
+    """
 
-    def write(self, file: JsonLines, line: Mapping[str, Any]) -> None:
-        file.append(line)
+    def __init__(self, out: Path, last_step: int, tensorboard: bool = False, writes: bool = True):
+        self.metrics = JsonLines(out / "metrics.jsonl", last_step) if writes else None
+        self.evaluations = JsonLines(out / "evaluations.jsonl", last_step) if writes else None
+        self.board = _tensorboard(out / "tensorboard", last_step) if tensorboard and writes else None
+
+    @property
+    def evaluated(self) -> int | None:
+        """The step of the last evaluation on file."""
+        return self.evaluations.last_step if self.evaluations else None
+
+    def evaluated_lines(self) -> list[dict[str, Any]]:
+        """All of evaluations.jsonl."""
+        return list(_whole_lines(self.evaluations.path)) if self.evaluations else []
+
+    def metric(self, line: Mapping[str, Any]) -> None:
+        self._write(self.metrics, line)
+
+    def evaluation(self, line: Mapping[str, Any]) -> None:
+        self._write(self.evaluations, line)
+
+    def _write(self, file: JsonLines | None, line: Mapping[str, Any]) -> None:
+        if file is not None:
+            file.append(line)
         if self.board is not None:
             for name, value in _scalars(line, ""):
                 self.board.add_scalar(name, value, line["step"])
 
     def close(self) -> None:
-        self.metrics.file.close()
-        self.evaluations.file.close()
+        for file in (self.metrics, self.evaluations):
+            if file is not None:
+                file.file.close()
         if self.board is not None:
             self.board.close()
 
@@ -152,6 +119,18 @@ class Progress(Protocol):
 
     def update(self, done: int, metrics: Mapping[str, Any] | None) -> None:
         """After every step; metrics is the line just written to metrics.jsonl, None between two lines."""
+
+    def message(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Silence:
+    """The display of all but one of several processes."""
+
+    def start(self, total: int, done: int) -> None: ...
+
+    def update(self, done: int, metrics: Mapping[str, Any] | None) -> None: ...
 
     def message(self, text: str) -> None: ...
 

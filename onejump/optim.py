@@ -5,11 +5,7 @@ counter: in a stage that counts on, a warm-up has passed already.
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-
-import torch
-from torch import nn
 
 from onejump.types import UserError
 
@@ -86,9 +82,6 @@ class RAdam:
     def __post_init__(self) -> None:
         _check_adam(self.betas, self.eps)
 
-    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.RAdam(parameters, lr=0.0, betas=self.betas, eps=self.eps)
-
 
 @dataclass(frozen=True)
 class Adam:
@@ -99,9 +92,6 @@ class Adam:
 
     def __post_init__(self) -> None:
         _check_adam(self.betas, self.eps)
-
-    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.Adam(parameters, lr=0.0, betas=self.betas, eps=self.eps)
 
 
 Optimizer = RAdam | Adam

@@ -6,9 +6,13 @@ A part is 512 images. What it holds is a function of what is asked for, and of i
 import hashlib
 import json
 import os
+import shutil
 import signal
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -19,6 +23,7 @@ from torch import Tensor
 
 from onejump.evaluation.reading import Reader
 from onejump.generate import Rounding, denoise_images, generate
+from onejump.prompts import Prompts
 from onejump.reference import NEAREST, Tell, read_checked, write_checked
 from onejump.samplers import Sampler
 from onejump.saved import SavedModel, not_written
@@ -49,15 +54,18 @@ class Generated:
     batch: int = 256
     block: int | None = None
     rounding: Rounding = "round"
+    prompts: Prompts | None = None  # of a text-to-image model, in place of labels
 
     def __call__(self, places: Sequence[int]) -> Images:
-        labels = None if self.labels is None else self.labels[list(places)]
-        about = (self.saved.shape, labels, self.seed, self.batch, self.block, self.rounding)
+        labels, decode = None if self.labels is None else self.labels[list(places)], None
+        if self.prompts:
+            labels, decode = self.prompts.embeddings(places), self.prompts.decode
+        about = (self.saved.shape, labels, self.seed, self.batch, self.block, self.rounding, decode)
         return generate(self.saved.model, self.sampler, self.steps, places, *about)
 
     def on(self, device: torch.device) -> "Generated":
         self.saved.model.to(device)
-        return self
+        return replace(self, prompts=self.prompts.on(device)) if self.prompts else self
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +121,25 @@ class Workers:
         assert self.folder or self.processes == self.world == 1, "several processes meet in a folder"
 
 
+@contextmanager
+def workers_beside(out: Path | None, processes: int = 1, rank: int = 0, world: int = 1) -> Iterator[Workers]:
+    """Parts lie beside `out`, for the next attempt; else, if several processes have to meet, in a temporary folder."""
+    if out is None and processes == 1:
+        yield Workers()
+    elif out is None:
+        with tempfile.TemporaryDirectory(prefix="onejump-") as place:
+            yield Workers(Path(place), processes)
+    else:
+        folder = out.with_name(f"{out.name}.parts")
+        try:
+            yield Workers(folder, processes, rank, world)
+        except KeyboardInterrupt:
+            print(f"\nThe parts done are kept in {folder}; the same command goes on from them", file=sys.stderr)
+            raise
+        if rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 @dataclass(frozen=True, eq=False)
 class Job:
     """n samples of a source, read by a reader; the parts of one job lie in one folder, named by what `about` says."""
@@ -141,7 +168,9 @@ class Job:
         began = time.perf_counter()
         images = self.source(part)
         seconds = torch.tensor([time.perf_counter() - began], dtype=torch.float64)
-        return {**self.reader(images), "seconds": seconds, "images": images[: max(NEAREST - part.start, 0)]}
+        prompts = self.source.prompts if isinstance(self.source, Generated) else None
+        read = self.reader(images) | (prompts.scores(images, part) if prompts else {})
+        return {**read, "seconds": seconds, "images": images[: max(NEAREST - part.start, 0)]}
 
     def share(self, rank: int, world: int, tell: Tell, others: Callable[[], bool] = lambda: True) -> None:
         """Makes those of every world-th part that are not on file, for as long as `others` says that it is wanted."""
@@ -177,8 +206,9 @@ class Job:
             return
         tell = _news_only(tell)
         tell(self.done(), self.n)
-        if self.workers.processes > 1:
-            self._spawn(tell)
+        missing = sum(not self.path(part).exists() for part in self.parts)
+        if min(self.workers.processes, missing) > 1:
+            self._spawn(tell, min(self.workers.processes, missing))
         else:
             self.share(self.workers.rank, self.workers.world, tell)
         if self.workers.rank:
@@ -189,16 +219,17 @@ class Job:
         for part in self.parts:
             yield read_checked(self.path(part), self.about) or self._keep(part)
 
-    def _spawn(self, tell: Tell) -> None:
-        """Our own processes; ended with this one. Raises UserError if one of them fails."""
+    def _spawn(self, tell: Tell, count: int) -> None:
+        """So many processes of our own, ended with this one. Raises UserError if one of them fails."""
         context = torch.multiprocessing.get_context("spawn")
-        count, threads = self.workers.processes, max(torch.get_num_threads() // self.workers.processes, 1)
-        devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if _on_gpu(self.source) else []
+        threads = max(torch.get_num_threads() // count, 1)
+        home = _gpu_of(self.source)
+        devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if home else []
         job = replace(self, source=self.source.on(torch.device("cpu")))  # whose memory the processes can share
         processes = []
         for rank in range(count):
             device = devices[rank % len(devices)] if devices else "cpu"
-            processes.append(context.Process(target=_worker, args=(job, rank, device, threads), daemon=True))
+            processes.append(context.Process(target=_worker, args=(job, rank, count, device, threads), daemon=True))
             processes[-1].start()
         try:
             _watch(processes, lambda: tell(self.done(), self.n))
@@ -206,8 +237,8 @@ class Job:
             for process in processes:
                 process.terminate()
                 process.join()
-            if devices:
-                self.source.on(torch.device(devices[0]))
+            if home:
+                self.source.on(home)
 
 
 def _news_only(tell: Tell) -> Tell:
@@ -232,15 +263,13 @@ def _watch(processes: Sequence[BaseProcess], tell: Callable[[], None]) -> None:
             raise UserError(f"a process of the evaluation ended with code {failed[0]}; what it said is above")
 
 
-def _on_gpu(source: Source) -> bool:
-    return (
-        not isinstance(source, Given)
-        and isinstance(source, Generated | Denoised)
-        and (next(source.saved.model.parameters()).device.type == "cuda")
-    )
+def _gpu_of(source: Source) -> torch.device | None:
+    """Where its model is, if that is a GPU."""
+    device = next(source.saved.model.parameters()).device if isinstance(source, Generated | Denoised) else None
+    return device if device and device.type == "cuda" else None
 
 
-def _worker(job: Job, rank: int, device: str, threads: int) -> None:
+def _worker(job: Job, rank: int, world: int, device: str, threads: int) -> None:
     """What each process of `_spawn` does. It stops after its part if the process that started it is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that started it
     torch.set_num_threads(threads)
@@ -248,4 +277,4 @@ def _worker(job: Job, rank: int, device: str, threads: int) -> None:
     on = torch.device(device)
     reader = job.reader if torch.device(job.reader.device or "cpu").type == "cpu" else job.reader.on(on)
     job = replace(job, source=job.source.on(on), reader=reader)
-    job.share(rank, job.workers.processes, lambda done, total: None, lambda: os.getppid() == parent)
+    job.share(rank, world, lambda done, total: None, lambda: os.getppid() == parent)

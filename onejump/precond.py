@@ -6,11 +6,14 @@ f(x, t -> s) = a(t, s) x + b(t, s) D(x, t)
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
 
 from onejump.types import PerSample, Times, UserError
+from onejump.vp import VPSchedule
+
+Prediction = Literal["epsilon", "v_prediction"]
 
 
 class Scalings(NamedTuple):
@@ -52,6 +55,29 @@ class EDM:
         c_in = 1 / norm
         c_noise = t.clamp_min(1e-20).log() / 4  # finite at t = 0, where c_out = 0
         return Scalings(c_skip, c_out, c_in, c_noise)
+
+
+@dataclass(frozen=True)
+class StableDiffusion:
+    """A network of variance-preserving diffusion, such as Stable Diffusion's, as a denoiser of x_t = x0 + t eps.
+
+    It sees x_t / sqrt(1 + t^2) and the number of the schedule's noise level nearest to t, and gives the noise eps, then
+    D = x - t F; or v = (eps - t x0) / sqrt(1 + t^2) (Salimans & Ho 2022), then D = x / (1 + t^2) - t F / sqrt(1 + t^2).
+    """
+
+    prediction: Prediction = "epsilon"
+    schedule: VPSchedule = VPSchedule()
+    sigma_data: ClassVar[float] = 1.0  # of scaled latents
+
+    def __post_init__(self) -> None:
+        if self.prediction not in get_args(Prediction):
+            raise UserError(f"prediction: {self.prediction!r}; {' or '.join(get_args(Prediction))} is possible")
+
+    def __call__(self, t: Times) -> Scalings:
+        c_in, c_noise = 1 / (1 + t**2).sqrt(), self.schedule.nearest(t).to(t.dtype)
+        if self.prediction == "epsilon":
+            return Scalings(torch.ones_like(t), -t, c_in, c_noise)
+        return Scalings(c_in**2, -t * c_in, c_in, c_noise)
 
 
 @dataclass(frozen=True)

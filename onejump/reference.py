@@ -25,6 +25,7 @@ from onejump.types import Features, UserError
 SAMPLE = 10_000  # real images at most whose features are kept, for the metrics that look at pairs
 NEAREST = 1000  # samples at most whose nearest training images are looked up
 CHUNK = 512  # images measured at once
+VERSION = 1  # of what a file holds, and of how detectors calculate; one of another version is measured again
 KEEP_FROM = 5.0  # seconds that measuring must take to be worth a file
 Tell = Callable[[int, int], None]
 
@@ -63,10 +64,15 @@ def reference_of(
     `keep_from` seconds. Raises UserError for fewer than 2 images, and for latents, which a detector cannot see.
     """
     about = {"fingerprint": data.fingerprint, "detector": reader.detector.name, "sha256": reader.detector.hash}
+    about |= {"version": str(VERSION)}
     path = cache and cache / "reference" / f"{about['fingerprint'][:20]}-{about['sha256'][:20]}.safetensors"
     wanted = [name for name, asked in (("spatial.mean", SPATIAL in reader.kinds), ("class.mean", by_class)) if asked]
-    if path and (found := read_checked(path, about)) and all(name in found for name in wanted):
+    found = read_checked(path, about) if path else None
+    if found and all(name in found for name in wanted):
         return _unpacked(found)
+    if found:  # what it holds is measured with what it lacks, so that the new file has both
+        by_class = by_class or "class.mean" in found
+        reader = Reader(reader.detector, (*reader.kinds, *((SPATIAL,) if "spatial.mean" in found else ())))
     began = time.monotonic()
     made = _measured(data, reader, by_class, tell or (lambda done, total: None))
     if path and time.monotonic() - began >= keep_from:

@@ -14,6 +14,7 @@ from torch import Tensor
 from onejump.overrides import describe
 from onejump.page import DASH, definitions, duration, figure, missing, number, page, percent, plural, section, table
 from onejump.report_charts import losses, quality
+from onejump.report_hand_over import hand_overs
 from onejump.run_folder import RunFolder, StageFolder, read_run
 from onejump.types import Images, UserError
 
@@ -40,12 +41,13 @@ def write_report(out: Path) -> Path:
     Raises UserError if `out` is not the folder of a run.
     """
     run = read_run(out)
-    sections = (pictures, results, quality, losses, neighbours, time_spent, configuration, origin)
+    sections = (pictures, results, quality, hand_overs, losses, neighbours, time_spent, configuration, origin)
     title = f"{run.recipe.name}: report"
     body = f'<header><h1>{escape(title)}</h1><p class="verdict">{verdict(run)}</p></header>\n<main>\n'
+    parts = [make(run) for make in sections]
     path = out / "report.html"
     draft = out / ".report.html"
-    draft.write_text(page(title, body + "\n".join(make(run) for make in sections) + "\n</main>"), encoding="utf-8")
+    draft.write_text(page(title, body + "\n".join(part for part in parts if part) + "\n</main>"), encoding="utf-8")
     os.replace(draft, path)
     return path
 

@@ -2,9 +2,9 @@
 
 import math
 
-from onejump.metrics_log import BINS, T_HIGH, T_LOW
 from onejump.page import charts, missing, plural, section
 from onejump.run_folder import RunFolder, StageFolder
+from onejump.running_sums import BINS, T_HIGH, T_LOW
 from onejump.svg import GREY, Points, Style, line_chart
 
 CURVE_POINTS = 200  # of a loss curve; more are averaged in blocks

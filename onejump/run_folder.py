@@ -84,6 +84,8 @@ def read_run(out: Path) -> RunFolder:
 
 def _read_stage(out: Path, recipe: Recipe, name: str, evaluation: dict[str, Any]) -> StageFolder:
     before = itertools.takewhile(lambda other: other != name, recipe.stages)
+    summary = read_json(out / name / "stage.json")
+    begun = summary or read_json(out / name / "start.json")
     results = evaluation.get("stages", {}).get(name, {}).get("steps", {})
     sheets = {}
     for path in (out / "report").glob(f"{name}-*step.png"):
@@ -92,15 +94,21 @@ def _read_stage(out: Path, recipe: Recipe, name: str, evaluation: dict[str, Any]
     return StageFolder(
         name=name,
         stage=recipe.stages[name],
-        first_step=recipe.first_step(name),
-        steps_before=sum(recipe.stages[other].steps for other in before),
+        first_step=begun.get("first_step", recipe.first_step(name)),
+        steps_before=sum(_steps_of(out, recipe, other) for other in before),
         metrics=read_lines(out / name / "metrics.jsonl"),
         evaluations=read_lines(out / name / "evaluations.jsonl"),
-        summary=read_json(out / name / "stage.json"),
+        summary=summary,
         results={int(k): numbers for k, numbers in sorted(results.items(), key=lambda item: int(item[0]))},
         sheets=dict(sorted(sheets.items())),
         neighbours=out / "report" / f"neighbours-{name}.png",
     )
+
+
+def _steps_of(out: Path, recipe: Recipe, name: str) -> int:
+    """That the stage took, or is to take."""
+    done = read_json(out / name / "stage.json")
+    return done["last_step"] - done["first_step"] if done else recipe.stages[name].steps
 
 
 def read_json(path: Path) -> dict[str, Any]:

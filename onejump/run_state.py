@@ -1,110 +1,144 @@
 """Everything that changes while a stage trains, which is what its checkpoints hold."""
 
 import copy
+import functools
 import hashlib
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from onejump.analytic import AnalyticPrecond
-from onejump.checkpoint import Checkpoint, pack_optimizer, unpack_optimizer
+from onejump.checkpoint import Checkpoint
 from onejump.config import Stage
-from onejump.ema import EMA, update_ema
-from onejump.methods.base import Nets
-from onejump.metrics_log import RunningSums
+from onejump.distributed import Team, hollow, local, spread, whole
+from onejump.engine import Engine
+from onejump.methods.base import Nets, Stats
+from onejump.methods.continuous import ContinuousCD, ContinuousCT
 from onejump.model import ConsistencyModel
+from onejump.posthoc import Averager
+from onejump.running_sums import RunningSums
 from onejump.types import UserError
+from onejump.update import Updater
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+BY_HAND = (ContinuousCT, ContinuousCD)  # methods whose forward derivatives cannot pass through DDP
+CRITIC = "critic_optimizer"  # the prefix of its state in a checkpoint
 
 
 @dataclass
 class Run:
-    """The networks, the student's EMA, the optimiser, the loss scale and the counters. `frozen` is a checksum of what
-    must not change and a checkpoint does not hold: the teacher, the target's own networks, a table given as a file."""
+    """The networks, the student's EMA, the updates of the weights and the counters. `frozen` is a checksum of what must
+    not change and a checkpoint does not hold: the teacher, the target's own networks, a table given as a file. `frame`:
+    the EMA's model without its numbers, where those are in pieces."""
 
+    stage: Stage
     nets: Nets
     ema: ConsistencyModel
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
+    updater: Updater
+    critic: Updater | None
     sums: RunningSums
     frozen: str
     step: int
-    skipped: int = 0
-    skipped_in_row: int = 0
+    team: Team
+    frame: ConsistencyModel | None = None
+    averager: Averager | None = None
+    rate: float = 0.0
     train_seconds: float = 0.0
     seconds_before: float = 0.0  # on the clock, before the last resume
     began: float = field(default_factory=time.perf_counter)
 
     @classmethod
-    def start(cls, stage: Stage, nets: Nets, first_step: int, device: torch.device) -> "Run":
+    def start(cls, stage: Stage, nets: Nets, first_step: int, device: torch.device, team: Team | None = None) -> "Run":
         """A run before its first step: networks moved and in train mode, in the stage's precision; weights float32.
 
-        The loss scale of fp16 starts at 16 and doubles every 20,000 steps (TCM's released settings).
+        team: whose processes then run them together.
         """
+        team = team or Team(device=device)
         nets.student.to(device)
         ema = copy.deepcopy(nets.student).eval().requires_grad_(False)
-        frozen = hashlib.sha256()
         average = (nets.average.model,) if nets.average else ()
         teacher = (nets.teacher,) if nets.teacher else ()
         for model in (nets.student, *average, *nets.frozen, *teacher):
             model.to(device).train(model not in teacher).autocast = PRECISIONS[stage.precision]
-        if isinstance(stage.jump, AnalyticPrecond) and stage.jump.table:
-            frozen.update(repr(nets.student.jump).encode())
-        for p in (p for model in (*nets.frozen, *teacher) for p in model.parameters()):
-            frozen.update(p.detach().cpu().contiguous().numpy().data)
+        frozen = checksum_of_frozen(stage, nets)
+        backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+        for backend in backends:
+            backend.allow_tf32 = stage.precision == "tf32"  # fp32 is what it says, as in the published runs
+        scaled = stage.precision == "fp16"
+        frame = hollow(ema) if team.sharded else None
+        prepare(stage, nets.student, (ema, *average, *nets.frozen, *teacher), ema, team)
+        critic = None
         if nets.critic:
             nets.critic.net.to(device).train()
-        torch.backends.cudnn.allow_tf32 = False  # fp32 is what it says, as in the published runs
+            critic = Updater(nets.critic.optimizer, trained(nets.critic.net), scaled=scaled)
+        averager = averager_of(stage, nets.student, first_step)
+        averages: list[Any] = [followers(nets.student, model) for model in (ema, *average)]
+        averages += averager.lists if averager else []
+        summed = functools.partial(norms_summed, team, [spread(p) for p in trained(nets.student)])
         return cls(
+            stage=stage,
             nets=nets,
             ema=ema,
-            optimizer=stage.optimizer.build(p for p in nets.student.parameters() if p.requires_grad),
-            scaler=torch.amp.GradScaler(
-                device.type, init_scale=16.0, growth_interval=20_000, enabled=stage.precision == "fp16"
-            ),
+            updater=Updater(stage.optimizer, trained(nets.student), averages, scaled=scaled, summed=summed),
+            critic=critic,
             sums=RunningSums.zero(device),
-            frozen=frozen.hexdigest(),
+            frozen=frozen,
             step=first_step,
+            team=team,
+            frame=frame,
+            averager=averager,
         )
 
-    def set_rate(self, rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+    def whole_ema(self) -> ConsistencyModel:
+        """In one piece, in eval mode; all processes must call it."""
+        return whole(self.ema, self.frame, self.team.device) if self.frame else self.ema
 
     @property
     def student(self) -> ConsistencyModel:
         return self.nets.student
 
     @property
-    def critics_turn(self) -> bool:
-        return self.nets.critic is not None and self.nets.critic.turn(self.step)
+    def at_turn(self) -> Updater:
+        """Of what this step trains: the student, or the critic at its turns."""
+        if self.critic and self.nets.critic and self.nets.critic.turn(self.step):
+            return self.critic
+        return self.updater
 
-    @property
-    def trained(self) -> torch.optim.Optimizer:
-        """The optimiser of this step: the student's, or the critic's at its turns."""
-        return self.nets.critic.optimizer if self.nets.critic and self.critics_turn else self.optimizer
+    def update(self, loss: Tensor, stats: Stats, progress: float, steps: int) -> None:
+        """Take the step that the gradients say, average the weights, and go on to the next step.
 
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        return [p for group in self.trained.param_groups for p in group["params"]]
-
-    def average(self, ema: EMA, steps: int) -> None:
-        """After a step of the student: its EMA for evaluation, and the average that is its target."""
-        if self.critics_turn:
-            return
-        update_ema(self.ema, self.student, ema.decay(self.step + 1))
-        if self.nets.average:
-            update_ema(self.nets.average.model, self.student, self.nets.average.decay(self.step, steps))
-
-    def zero_grad(self) -> None:
-        self.optimizer.zero_grad()
+        Where the loss or a gradient is not finite nothing changes but the counts. progress: the share of the stage that
+        is done; steps: the end of the chain.
+        """
+        updater, self.rate = self.at_turn, self.stage.rate.rate(self.step, progress)
+        if updater is self.critic or self.student.runner is self.student.net:  # no wrapper that does it
+            self.team.average_gradients(updater.parameters)
+        loss = self.team.mean(loss)
+        if self.nets.critic and updater is self.critic:
+            grad_norm = updater.step(loss, self.nets.critic.rate, (), self.stage.clip)
+        else:
+            decays = [self.stage.ema.decay(self.step + 1)]
+            decays += [self.nets.average.decay(self.step, steps)] if self.nets.average else []
+            decays += self.averager.decays(self.step + 1) if self.averager else []
+            grad_norm = updater.step(loss, self.rate, decays, self.stage.clip)
         if self.nets.critic:
-            self.nets.critic.optimizer.zero_grad()
+            self.nets.critic.net.zero_grad()  # of its part in the student's loss
+        self.sums.add(loss, grad_norm, stats, good=updater.skipped_in_row == 0)
+        self.step += 1
+
+    @property
+    def skipped(self) -> int:
+        """Steps so far that were not finite; waits for the device."""
+        return sum(int(updater.skipped) for updater in self.updaters.values())
+
+    @property
+    def skipped_in_row(self) -> int:
+        """Up to now; waits for the device."""
+        return max(int(updater.skipped_in_row) for updater in self.updaters.values())
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -117,14 +151,11 @@ class Run:
         return found
 
     @property
-    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        found = {"optimizer": self.optimizer}
-        return found | {"critic_optimizer": self.nets.critic.optimizer} if self.nets.critic else found
+    def updaters(self) -> dict[str, Updater]:
+        return {"optimizer": self.updater} | ({CRITIC: self.critic} if self.critic else {})
 
-    def count_step(self, finite: bool, seconds: float) -> None:
-        self.step += 1
-        self.skipped += not finite
-        self.skipped_in_row = 0 if finite else self.skipped_in_row + 1
+    def count(self, seconds: float) -> None:
+        """The seconds that a step has taken."""
         self.train_seconds += seconds
         self.sums.steps += 1
         self.sums.seconds += seconds
@@ -134,38 +165,42 @@ class Run:
         seconds = self.seconds_before + time.perf_counter() - self.began
         return {"seconds": seconds, "train_seconds": self.train_seconds}
 
-    def log_line(self, batch: int) -> dict[str, Any]:
+    def log_line(self) -> dict[str, Any]:
         """The line of metrics.jsonl for the steps since the last one; the sums start again from zero."""
-        sums, self.sums = self.sums, RunningSums.zero(self.sums.loss.device)
+        sums, self.sums = self.sums.over(self.team.sum), RunningSums.zero(self.sums.loss.device)
         means = sums.means()
         return {
             "step": self.step,
             "loss": means["loss"],
-            "rate": self.optimizer.param_groups[0]["lr"],
+            "rate": self.rate,
             "grad_norm": means["grad_norm"],
-            "images_per_second": batch * sums.steps / max(sums.seconds, 1e-9),
+            "images_per_second": self.stage.batch * sums.steps / max(sums.seconds, 1e-9),
             "skipped": self.skipped,
             **self.clock(),
             "loss_by_t": means["loss_by_t"],
         }
 
-    def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(tensors, meta) for save_checkpoint. Raises UserError rather than save a number that is not finite."""
-        tensors, kinds = _named("sums", self.sums.tensors()), {}
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of a checkpoint; those of weights in pieces are the very ones that are trained."""
+        sums = self.sums.over(self.team.sum)
+        tensors = _named("sums", sums.tensors())
         for name, module in self.modules.items():
             tensors |= _named(name, module.state_dict())
-        for name, optimizer in self.optimizers.items():
-            packed, kinds[name] = pack_optimizer(optimizer, name)
-            tensors |= packed
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise UserError(f"step {self.step}: {name} is no longer finite and was not saved; try a lower rate")
+        for name, updater in self.updaters.items():
+            tensors |= _named(name, updater.tensors())
+        return tensors | (_named("snapshots", self.averager.tensors()) if self.averager else {})
+
+    def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors, meta) for a checkpoint. Raises UserError rather than save a number that is not finite."""
+        tensors = self.tensors()
+        parts = {name: local(tensor) for name, tensor in tensors.items() if tensor.is_floating_point()}
+        bad = next((name for name, part in parts.items() if not part.isfinite().all()), None)
+        if self.team.any(bad is not None):
+            bad = next(name for name in self.team.all_told(bad) if name)
+            raise UserError(f"step {self.step}: {bad} is no longer finite and was not saved; try a lower rate")
         meta = {
-            **kinds,
-            "scaler": self.scaler.state_dict(),
             "sums": self.sums.meta(),
-            "skipped": self.skipped,
-            "skipped_in_row": self.skipped_in_row,
+            "rate": self.rate,
             "frozen": self.frozen,
             **self.clock(),
         }
@@ -181,26 +216,82 @@ class Run:
             )
         for prefix, module in self.modules.items():
             _load(module, prefix, saved)
-        for name, optimizer in self.optimizers.items():
-            unpack_optimizer(optimizer, tensors, meta[name], name)
-        if meta["scaler"] and self.scaler.is_enabled():
-            self.scaler.load_state_dict(meta["scaler"])
+        for name, updater in self.updaters.items():
+            updater.load(_without(name, tensors))
+        if self.averager:
+            self.averager.load(_without("snapshots", tensors))
         device = self.sums.loss.device
         sums: dict[str, Any] = {name: tensors[f"sums/{name}"].to(device) for name in self.sums.tensors()}
         self.sums = RunningSums(**sums, **meta["sums"])
-        self.step, self.skipped, self.skipped_in_row = saved.step, meta["skipped"], meta["skipped_in_row"]
+        if not self.team.first:  # the first process goes on with the sums of all
+            self.sums.distance.zero_(), self.sums.count.zero_()
+        self.step, self.rate = saved.step, meta["rate"]
         self.train_seconds, self.seconds_before = meta["train_seconds"], meta["seconds"]
+
+
+def checksum_of_frozen(stage: Stage, nets: Nets) -> str:
+    frozen = hashlib.sha256()
+    if isinstance(stage.jump, AnalyticPrecond) and stage.jump.table:
+        frozen.update(repr(nets.student.jump).encode())
+    for model in (*nets.frozen, *((nets.teacher,) if nets.teacher else ())):
+        for p in model.parameters():
+            frozen.update(p.detach().cpu().contiguous().numpy().data)
+    return frozen.hexdigest()
+
+
+def norms_summed(team: Team, in_pieces: list[bool], squares: Tensor) -> Tensor:
+    """The square of the norm of a whole gradient, from those of its tensors' parts on this process."""
+    if not team.sharded:
+        return squares.sum()
+    flags = torch.tensor(in_pieces, device=squares.device)
+    return team.shard_sum(squares[flags].sum()) + squares[~flags].sum()
+
+
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def prepare(
+    stage: Stage,
+    student: ConsistencyModel,
+    others: Sequence[ConsistencyModel],
+    ema: ConsistencyModel,
+    team: Team,
+) -> None:
+    """How the networks run, on this device and on these processes."""
+    engine = Engine.for_device(team.device)
+    engine = replace(engine, channels_last=engine.channels_last and not team.sharded)  # FSDP2 wants rows of weights
+    for model in (student, *others):
+        how = replace(engine, compiled=engine.compiled and model is not ema)  # which other code copies and saves
+        how.prepare(model, checkpointing=stage.checkpointing and model is student)
+        team.wrap(model, trained=model is student and not isinstance(stage.method, BY_HAND))
+
+
+def averager_of(stage: Stage, student: ConsistencyModel, first_step: int) -> Averager | None:
+    """Of the snapshots that the stage keeps."""
+    named = {name: p for name, p in student.net.named_parameters() if p.requires_grad}
+    return Averager(stage.snapshots, named, first_step) if stage.snapshots else None
+
+
+def followers(student: nn.Module, average: nn.Module) -> list[nn.Parameter]:
+    """Of an average of the student, the parameters that follow its trained ones, in their order."""
+    theirs = dict(average.named_parameters())
+    return [theirs[name] for name, p in student.named_parameters() if p.requires_grad]
 
 
 def _named(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
 
 
-def _load(module: nn.Module, prefix: str, saved: Checkpoint) -> None:
+def _without(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose names start with it, by the rest of their names."""
     start = f"{prefix}/"
-    state = {name.removeprefix(start): t for name, t in saved.tensors.items() if name.startswith(start)}
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+
+def _load(module: nn.Module, prefix: str, saved: Checkpoint) -> None:
     try:
-        module.load_state_dict(state)
+        module.load_state_dict(_without(prefix, saved.tensors))
     except RuntimeError as error:
         raise UserError(
             f"{saved.path}: its weights do not fit this network; train with that run's recipe, or into a new folder"

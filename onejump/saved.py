@@ -21,7 +21,7 @@ from onejump.config import Network, OneJump
 from onejump.config_json import from_json, to_json
 from onejump.model import ConsistencyModel
 from onejump.networks.layers import empty_network
-from onejump.precond import EDM
+from onejump.precond import EDM, StableDiffusion
 from onejump.samplers import ODE, Jumps, Sampler
 from onejump.tensor_file import MAX_HEADER, Entry, looks_like_tensors, open_tensors, write_tensors
 from onejump.types import UserError
@@ -247,7 +247,7 @@ def _rebuilt(content: dict[str, Any]) -> SavedModel:
     if content["format"] not in range(1, FORMAT + 1):
         raise ValueError(f"format {content['format']!r}, this version reads 1 to {FORMAT}; install a newer onejump")
     network, precond, jump, sampler = (from_json(content[k]) for k in ("network", "precond", "jump", "sampler"))
-    kinds = isinstance(network, Network), isinstance(precond, EDM), isinstance(jump, OneJump)
+    kinds = isinstance(network, Network), isinstance(precond, EDM | StableDiffusion), isinstance(jump, OneJump)
     if not all(kinds) or not isinstance(sampler, Sampler):
         raise ValueError("network, precond, jump or sampler is not what its field says")
     shape, names = tuple(content["shape"]), tuple(map(str, content["class_names"]))

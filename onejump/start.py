@@ -11,23 +11,28 @@ import torch
 from onejump.analytic import AnalyticPrecond
 from onejump.config import Distilling, Network, Recipe
 from onejump.config_json import to_json
-from onejump.fit import network_of
+from onejump.fit import check_precond, network_of
+from onejump.importers.stable_diffusion import open_model, open_sha256
 from onejump.methods.dsm import DSM
 from onejump.model import ConsistencyModel
+from onejump.networks.lora import merged
+from onejump.networks.text_unet import TextUNetConfig
 from onejump.overrides import value_text
-from onejump.precond import EDM, Euler
+from onejump.precond import Euler, StableDiffusion
+from onejump.recipes.text import at_levels
 from onejump.run_record import has_begun
-from onejump.saved import load_model, model_sha256
 from onejump.train import mix
 from onejump.types import UserError
 
 
 @dataclass(frozen=True)
 class Given:
-    """Models given on the command line. init: what a stage starts from. teacher: the diffusion model to distil."""
+    """Models given on the command line. init: what a stage starts from. teacher: the diffusion model to distil.
+    guide: the one that guides it, where Stage.guidance is not 1."""
 
     init: str | None = None
     teacher: str | None = None
+    guide: str | None = None
 
 
 def distilled_from(recipe: Recipe, teacher: str) -> Recipe:
@@ -38,8 +43,12 @@ def distilled_from(recipe: Recipe, teacher: str) -> Recipe:
     stages = {name: stage for name, stage in recipe.stages.items() if not isinstance(stage.method, DSM)}
     if not any(isinstance(stage.method, Distilling) for stage in stages.values()):
         raise UserError(f"--teacher: no stage of {recipe.name} distils a diffusion model; leave it out, or see --init")
-    network = replace(load_model(teacher).network, dropout=recipe.network.dropout)
-    return replace(recipe, network=network, stages=stages)
+    saved, recipe = open_model(teacher), replace(recipe, stages=stages)
+    if isinstance(saved.network, TextUNetConfig) and isinstance(saved.model.precond, StableDiffusion):
+        return at_levels(recipe, saved.network, saved.model.precond)
+    if isinstance(saved.network, TextUNetConfig) or isinstance(recipe.network, TextUNetConfig):
+        raise UserError(f"--teacher {teacher}: it reads no text; {recipe.name} wants a Stable Diffusion folder")
+    return replace(recipe, network=replace(saved.network, dropout=recipe.network.dropout))
 
 
 @dataclass(frozen=True)
@@ -89,9 +98,21 @@ def teacher_of(recipe: Recipe, name: str, out: Path, given: Given) -> Path:
 
 def check_same_teacher(name: str, out: Path, given: Given) -> None:
     """Raises UserError for a --teacher that is not the one this stage has begun with."""
-    begun = recorded_start(out / name).get("teacher_sha256") if has_begun(out / name) else None
-    if given.teacher and begun not in (None, model_sha256(Path(given.teacher))):
+    if not has_begun(out / name):
+        return
+    begun = recorded_start(out / name)
+    if given.teacher and begun.get("teacher_sha256") not in (None, open_sha256(Path(given.teacher))):
         raise UserError(f"--teacher {given.teacher}: {name} in {out} began with another teacher; give another --out")
+    guide = guide_of_stage(name, out, given)
+    if guide is not None and begun.get("guide", {}).get("sha256") != open_sha256(guide):
+        raise UserError(f"--guide {guide}: {name} in {out} began without it, or with another; give another --out")
+
+
+def guide_of_stage(name: str, out: Path, given: Given) -> Path | None:
+    """--guide's model; else the one that this stage has begun with."""
+    begun = recorded_start(out / name).get("guide", {}) if has_begun(out / name) else {}
+    found = given.guide or begun.get("path")
+    return None if found is None else Path(found)
 
 
 def start_of(recipe: Recipe, name: str, out: Path, given: Given) -> Start:
@@ -102,20 +123,33 @@ def start_of(recipe: Recipe, name: str, out: Path, given: Given) -> Start:
     if init is None and before is None and isinstance(recipe.stages[name].method, Distilling):
         init = given.teacher  # the student starts as its teacher
     if init:
-        start = Start(Path(init), model_sha256(Path(init)), True)
+        start = Start(Path(init), open_sha256(Path(init)), True)
         if start.differs(folder):
             raise UserError(f"--init {init}: {name} in {out} began from another model; give another --out")
         return start
     if "initialised_from" in begun:
         source = Path(begun["initialised_from"]["path"])
         done = (folder / "stage.json").exists()  # then the source may be gone
-        return Start(source, begun["started_from"] if done else model_sha256(source), True)
+        return Start(source, begun["started_from"] if done else open_sha256(source), True)
     if before is None:
         return Start(None, None)
     if not (out / before / "stage.json").exists():
         way_out = f"train --stage {before} first, or give a model with --init"
         raise UserError(f"{name} starts from {before}, which is not trained yet in {out}: {way_out}")
-    return Start(out / before, model_sha256(out / before))
+    return Start(out / before, open_sha256(out / before))
+
+
+def first_step_of(recipe: Recipe, name: str, out: Path, start: Start, afresh: bool) -> int:
+    """The count at which this stage starts, or has started: that of the model it starts from, if it counts on."""
+    begun = recorded_start(out / name) if has_begun(out / name) and not afresh else {}
+    if "first_step" in begun:
+        return begun["first_step"]
+    if not recipe.stages[name].count_on or start.source is None or start.given:
+        return recipe.first_step(name)
+    before = recorded_start(start.source)
+    if "hand_over" in before:
+        return before["hand_over"]["best_step"]
+    return before.get("last_step", recipe.first_step(name))
 
 
 def starting_model(recipe: Recipe, name: str, start: Start) -> ConsistencyModel:
@@ -125,21 +159,18 @@ def starting_model(recipe: Recipe, name: str, start: Start) -> ConsistencyModel:
     network = network_of(recipe, stage)
     net = network.build()
     if start.source is not None:
-        saved = load_model(start.source)
+        saved = open_model(start.source)
         if not starts_from(network, saved.network):
             differing = " ".join(differences(network, saved.network))
             way_out = (
                 f"give {differing}" if differing else f"it reads a second time, as CTM's do, and {name}'s does not"
             )
             raise UserError(f"{start.source}: its network is not that of {name}; {way_out}, or another model")
-        assert isinstance(saved.model.precond, EDM)
-        theirs, ours = saved.model.precond.sigma_data, stage.precond.sigma_data
-        if theirs != ours:
-            raise UserError(
-                f"{start.source}: its precond.sigma_data is {theirs:g}, but {name}.precond.sigma_data is {ours:g}; "
-                "give it the same, or another model"
-            )
-        theirs_too = {name: value for name, value in saved.model.net.state_dict().items() if name in net.state_dict()}
+        check_precond(str(start.source), saved.model.precond, name, stage.precond)
+        theirs = saved.model.net.state_dict()
+        if getattr(saved.network, "lora_rank", 0) != getattr(network, "lora_rank", 0):
+            theirs = merged(theirs)
+        theirs_too = {name: value for name, value in theirs.items() if name in net.state_dict()}
         net.load_state_dict(net.state_dict() | theirs_too)
     jump = Euler() if isinstance(stage.jump, AnalyticPrecond) else stage.jump
     return ConsistencyModel(net, stage.precond, jump, second_time=stage.second_time != "off")
@@ -167,5 +198,8 @@ def differences(network: Network, source: Network) -> list[str]:
 
 def _weights(network: Network) -> dict[str, Any]:
     """What decides which weights the network has, and what they mean, besides those of second time and augmentation."""
-    others = ("second_time", "dropout", "dropout_resolution", "augment_dim", "fourier_scale")  # its buffer is loaded
+    others = (
+        *("second_time", "dropout", "dropout_resolution", "augment_dim", "lora_rank"),
+        "fourier_scale",  # its buffer is loaded
+    )
     return {"type": type(network)} | {f.name: getattr(network, f.name) for f in fields(network) if f.name not in others}

@@ -11,12 +11,16 @@ from onejump.analytic_jump import Analytic
 from onejump.analytic_page import cost, write_table_page
 from onejump.analytic_table import Estimator, Table, load_table, save_table
 from onejump.config import SIGMA_MAX, SIGMA_MIN, Recipe
+from onejump.data.text_set import TextSet
 from onejump.data.training_set import TrainingSet
-from onejump.fit import images_for
+from onejump.fit import check_precond, images_for
+from onejump.guidance import guide_of, guided_sha256
+from onejump.importers.stable_diffusion import open_model, open_sha256
 from onejump.metrics_log import progress_of
-from onejump.precond import EDM, ToData
+from onejump.precond import EDM, StableDiffusion, ToData
+from onejump.prompts import PARTS
 from onejump.samplers import ODE
-from onejump.saved import SavedModel, load_model, model_sha256
+from onejump.saved import SavedModel
 from onejump.times import karras_grid
 from onejump.types import UserError
 
@@ -28,20 +32,26 @@ class Teacher:
     path: Path
 
 
-def load_teacher(recipe: Recipe, name: str, path: Path, data: TrainingSet, device: torch.device) -> Teacher:
-    """The teacher of stage `name`, on the device. Raises UserError if it cannot teach these images."""
-    saved = load_model(path)
+def load_teacher(
+    recipe: Recipe, name: str, path: Path, data: TrainingSet, device: torch.device, guide: Path | None = None
+) -> Teacher:
+    """The teacher of stage `name`, on the device, with the guidance that the stage asks for (by the model `guide`).
+
+    A guided one counts as another teacher, with a table of its own. Raises UserError if it cannot teach these images.
+    """
+    saved = open_model(path)
     check_diffusion(saved, path, "; give one with --teacher")
     check_images(saved, path, images_for(recipe.network, data))
-    assert isinstance(saved.model.precond, EDM)
-    ours, theirs = recipe.stages[name].precond.sigma_data, saved.model.precond.sigma_data
-    if ours != theirs:
-        raise UserError(
-            f"{path}: its precond.sigma_data is {theirs:g}, but {name}.precond.sigma_data is {ours:g}; make both equal"
-        )
+    check_precond(str(path), saved.model.precond, name, recipe.stages[name].precond)
+    if isinstance(data, TextSet):
+        check_text(saved, path, data)
     saved.model.to(device)
+    scale, null = recipe.stages[name].guidance, None
+    if scale != 1 and isinstance(data, TextSet):
+        null = data.encoder(device)([""])[0]
+    saved = guide_of(saved, path, scale, guide, null)
     check_finite(saved, path, data, device)
-    return Teacher(saved, model_sha256(path), path)
+    return Teacher(saved, guided_sha256(open_sha256(path), scale, guide), path)
 
 
 def check_diffusion(saved: SavedModel, path: Path, way_out: str = "") -> None:
@@ -59,10 +69,21 @@ def check_images(saved: SavedModel, path: Path, data: TrainingSet) -> None:
         raise UserError(f"{path}: this teacher knows {theirs}, these images ({data.name}) have {ours}; give another")
 
 
+def check_text(saved: SavedModel, path: Path, data: TextSet) -> None:
+    """Whether the captions are read, and the latents made, by the parts of the teacher's own Stable Diffusion."""
+    theirs = saved.provenance.get(PARTS, {})
+    for key, what in (("text_sha256", "text encoder"), ("vae_sha256", "autoencoder")):
+        if theirs.get(key) != data.parts[key]:
+            raise UserError(f"{path}: its {what} is not the one that {data.name} was prepared with; prepare it anew")
+
+
 @torch.no_grad()
 def check_finite(saved: SavedModel, path: Path, data: TrainingSet, device: torch.device) -> None:
     """One pass at 16 times over the whole range: what is not finite now would ruin the training unseen."""
-    t = karras_grid(16, SIGMA_MIN, SIGMA_MAX, device=device).float()
+    ends, precond = (SIGMA_MIN, SIGMA_MAX), saved.model.precond
+    if isinstance(precond, StableDiffusion):
+        ends = precond.schedule.sigma_min, precond.schedule.sigma_max
+    t = karras_grid(16, *ends).float().to(device)
     x0, cond = images_for(saved.network, data).batch(0, len(t), seed=0, device=device)
     bad = ~saved.model.denoise(x0 + t.view(-1, 1, 1, 1) * torch.randn_like(x0), t, cond=cond).flatten(1).isfinite()
     if bad.any():

@@ -1,6 +1,7 @@
 """Where on the path to train: grids, distributions of t, curricula. Pure functions of (step, steps) and the generator.
 
-Times are noise levels. Distributions and grids are float64; a method casts what it draws to the precision of its x0.
+Times are noise levels. Distributions and grids are float64, on the CPU; a method casts what it draws to the precision
+of its x0.
 """
 
 import functools
@@ -12,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from onejump import draws
 from onejump.types import Grid, Times, UserError
+from onejump.vp import VPSchedule
 
 
 def check_range(
@@ -36,11 +39,9 @@ def _exact(value: float) -> str:
     return f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
-def karras_grid(
-    n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, device: torch.device | str = "cpu"
-) -> Grid:
+def karras_grid(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Grid:
     """n ascending times from sigma_min to sigma_max, even in t^(1/rho) (Karras et al. 2022, eq. 5)."""
-    ramp = torch.linspace(0, 1, n, dtype=torch.float64, device=device)
+    ramp = torch.linspace(0, 1, n, dtype=torch.float64)
     grid = (sigma_min ** (1 / rho) + ramp * (sigma_max ** (1 / rho) - sigma_min ** (1 / rho))) ** rho
     grid[0], grid[-1] = sigma_min, sigma_max
     return grid
@@ -84,7 +85,7 @@ def lognormal_pmf(grid: Grid, P_mean: float, P_std: float) -> Tensor:
 
 def lognormal_index(grid: Grid, n: int, P_mean: float, P_std: float) -> Tensor:
     """n indices i with probability lognormal_pmf: the pair of times is (t_i, t_{i+1})."""
-    return torch.multinomial(lognormal_pmf(grid, P_mean, P_std), n, replacement=True)
+    return draws.categories(lognormal_pmf(grid, P_mean, P_std), n)
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,8 @@ class LogNormal:
     def _cdf(self, t: float) -> float:
         return 0.0 if t == 0 else 0.5 * math.erfc((self.P_mean - math.log(t)) / (self.P_std * math.sqrt(2)))
 
-    def __call__(self, n: int, device: torch.device, low: float = 0.0, high: float = math.inf) -> Times:
-        return self.quantile(torch.rand(n, dtype=torch.float64, device=device), low, high)
+    def __call__(self, n: int, low: float = 0.0, high: float = math.inf) -> Times:
+        return self.quantile(draws.uniform(n), low, high)
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,8 @@ class KarrasUniform:
         first, last = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return (first + u * (last - first)) ** self.rho
 
-    def __call__(self, n: int, device: torch.device) -> Times:
-        return self.quantile(torch.rand(n, dtype=torch.float64, device=device))
+    def __call__(self, n: int) -> Times:
+        return self.quantile(draws.uniform(n))
 
 
 @dataclass(frozen=True)
@@ -144,9 +145,9 @@ class HalfLogNormal:
     def __post_init__(self) -> None:
         check_range(above=0, at_most=1, top=self.top)
 
-    def __call__(self, n: int, device: torch.device) -> Times:
-        u = torch.rand(n - n // 2, dtype=torch.float64, device=device)
-        return torch.cat([self.lognormal(n // 2, device), self.karras.quantile(1 - self.top * u)])
+    def __call__(self, n: int) -> Times:
+        u, (place, total) = draws.uniform(n), draws.places(n)
+        return torch.where(place < total // 2, self.lognormal.quantile(u), self.karras.quantile(1 - self.top * u))
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ class LogStudentT:
     def quantile(self, u: Tensor, low: float, high: float) -> Tensor:
         """The time below which the share u (float64, in [0, 1]) of the mass lies: cubic Hermite on the exact table."""
         a, b = ((math.log(t) - self.mu) / self.sigma for t in (low, high))
-        x, slope = _student_t_table(self.df, a, b, u.device)
+        x, slope = _student_t_table(self.df, a, b)
         cells = len(x) - 1
         i = (u * cells).long().clamp(0, cells - 1)
         h = u * cells - i
@@ -180,17 +181,31 @@ class LogStudentT:
         )
         return torch.exp(self.mu + self.sigma * X).clamp(low, high)
 
-    def __call__(self, n: int, device: torch.device, low: float, high: float) -> Times:
-        return self.quantile(torch.rand(n, dtype=torch.float64, device=device), low, high)
+    def __call__(self, n: int, low: float, high: float) -> Times:
+        return self.quantile(draws.uniform(n), low, high)
 
 
-TimeDistribution = LogNormal | LogStudentT
+@dataclass(frozen=True)
+class AtLevels:
+    """A distribution of times, each moved to the nearest noise level of a schedule that lies in the range asked for."""
+
+    times: LogNormal | LogStudentT
+    schedule: VPSchedule = VPSchedule()
+
+    def __call__(self, n: int, low: float = 0.0, high: float = math.inf) -> Times:
+        sigmas = self.schedule.sigmas
+        sigmas = sigmas[(sigmas >= low * (1 - 1e-9)) & (sigmas <= high * (1 + 1e-9))]
+        if not len(sigmas):
+            raise UserError(f"times: no noise level of the schedule lies in [{low:g}, {high:g}]; widen the range")
+        t = self.times(n, max(low, self.schedule.sigma_min), min(high, self.schedule.sigma_max))
+        return sigmas[torch.bucketize(t, (sigmas[:-1] * sigmas[1:]).sqrt())]
+
+
+TimeDistribution = LogNormal | LogStudentT | AtLevels
 
 
 @functools.lru_cache(maxsize=8)
-def _student_t_table(
-    df: float, low: float, high: float, device: torch.device, cells: int = 8192
-) -> tuple[Tensor, Tensor]:
+def _student_t_table(df: float, low: float, high: float, cells: int = 8192) -> tuple[Tensor, Tensor]:
     """F^-1 and its slope a cell, at even shares of the mass between low and high: float64, from scipy's exact inverse.
 
     The shares are 1 - F, whose digits do not run out in the upper tail; by symmetry the lower tail is one too. A slope
@@ -200,7 +215,7 @@ def _student_t_table(
     from scipy import stats
 
     if low + high < 0:
-        x, slope = _student_t_table(df, -high, -low, device, cells)
+        x, slope = _student_t_table(df, -high, -low, cells)
         return -x.flip(0), slope.flip(0)
     student = stats.t(df)
     share = np.linspace(student.sf(low), student.sf(high), cells + 1)
@@ -214,7 +229,7 @@ def _student_t_table(
         slopes = (share[0] - share[-1]) / cells / student.pdf(nodes)
     chord = np.diff(nodes)
     slopes = np.minimum(slopes, 3 * np.minimum(np.append(chord, math.inf), np.append(math.inf, chord)))
-    return torch.from_numpy(nodes).to(device), torch.from_numpy(slopes).to(device)
+    return torch.from_numpy(nodes), torch.from_numpy(slopes)
 
 
 @dataclass(frozen=True)
@@ -248,3 +263,16 @@ class Discretisation:
         delta = (1 + self.k * torch.sigmoid(-self.b * t)) * (1 - self.ratio(step)) * t
         just_below = torch.nextafter(t, torch.zeros_like(t))  # without a floor, Delta_t ends below t's last digit
         return torch.minimum((t - delta).clamp_min(self.r_min), just_below)
+
+
+@dataclass(frozen=True)
+class LevelSteps:
+    """A discretisation whose r is the noise level of a schedule, or 0, at or below r = t - Delta_t, and below t."""
+
+    delta: Discretisation = Discretisation()
+    schedule: VPSchedule = VPSchedule()
+
+    def r(self, t: Times, step: int) -> Times:
+        levels = torch.cat([self.schedule.sigmas.new_zeros(1), self.schedule.sigmas]).to(t)
+        at_or_below = torch.bucketize(self.delta.r(t, step), levels, right=True) - 1
+        return levels[torch.minimum(at_or_below, torch.bucketize(t, levels) - 1)]

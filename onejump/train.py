@@ -1,48 +1,45 @@
 """The training loop of one stage, top to bottom.
 
-Everything random is a pure function of (seed, step, rank): a run that is killed at any moment and started again ends
-with the same bits as one that never stopped, and a checkpoint holds no state of a generator.
+Everything random is a pure function of (seed, step) and the sample: a run that is killed at any moment and started
+again ends with the same bits as one that never stopped, one on many processes with the weights of one on one, and a
+checkpoint holds no state of a generator.
 """
 
-import functools
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import one_hot
+from torch import Tensor
 
-from onejump.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint, saved_steps
+from onejump import draws
+from onejump.checkpoint import checkpoint_path, saved_steps
 from onejump.config import Stage
 from onejump.data.augment import Seeded
 from onejump.data.training_set import TrainingSet
-from onejump.methods.base import Nets, Stats
+from onejump.distributed import Team, apart
+from onejump.guidance import drop_labels
+from onejump.intervals import Every, Keeper, Reports, due
+from onejump.methods.base import Nets, Stats, together
+from onejump.methods.continuous import ContinuousCD, ContinuousCT
+from onejump.methods.ctm import CTM
+from onejump.methods.ctm_gan import CTMGAN
+from onejump.methods.tcm import TCM
 from onejump.metrics_log import Progress, RunLog
 from onejump.model import ConsistencyModel
-from onejump.networks.magnitude import normalize_weights
+from onejump.networks.magnitude import normalized
 from onejump.run_state import Run
+from onejump.saver import Saver
+from onejump.signals import Interrupted, StopOnSignal
 from onejump.types import Cond, Samples, UserError
+from onejump.watchdog import Watchdog
 
 SKIPS_IN_A_ROW = 10
-AUGMENT = -1  # the number of a pass that no micro-batch has
-
-
-@dataclass(frozen=True)
-class Every:
-    """Intervals in optimiser steps, counted over the whole chain; each also happens at the end. 0: only there."""
-
-    log: int = 25
-    save: int = 200
-    sample: int = 200
-    evaluate: int = 200
+PASSES, AUGMENT, LABELS = 0, 1, 2  # what a seed is for
+WHOLE_ONLY = (CTM, CTMGAN, ContinuousCT, ContinuousCD)  # methods whose weights must be in one piece
 
 
 @dataclass(frozen=True)
@@ -59,14 +56,6 @@ class TrainResult:
     path: Path  # of the last checkpoint
 
 
-class Interrupted(Exception):
-    """Training was asked to stop, and did so after a complete step whose checkpoint is at `path`."""
-
-    def __init__(self, step: int, path: Path):
-        super().__init__(f"stopped after step {step}; checkpoint: {path}")
-        self.step, self.path = step, path
-
-
 def train(
     stage: Stage,
     nets: Nets,
@@ -80,114 +69,152 @@ def train(
     progress: Progress,
     on_sample: Callable[[ConsistencyModel, int], None],
     on_evaluate: Callable[[ConsistencyModel, int], dict[str, Any]],
-    rank: int = 0,
-    world: int = 1,
+    team: Team | None = None,
     tensorboard: bool = False,
 ) -> TrainResult:
     """Train nets.student for stage.steps steps, counted from first_step, or go on from the last checkpoint in `out`.
 
-    Both callbacks get the EMA model; what on_evaluate returns becomes a line of evaluations.jsonl. Raises Interrupted
-    after SIGINT or SIGTERM, and UserError after 10 steps in a row whose loss or gradient was not finite, and where the
-    data cannot be read, after a checkpoint of the steps done.
+    Ends before them where its rule says so. Both callbacks get the EMA model; what on_evaluate returns becomes a line
+    of evaluations.jsonl. All processes of a team call this with the same arguments, and have both callbacks called; the
+    first one writes. Raises Interrupted after SIGINT or SIGTERM, and UserError after 10 steps in a row whose loss or
+    gradient was not finite, and where the data cannot be read, after a checkpoint of the steps done.
     """
     device, folder, last_step = torch.device(device), out / "checkpoints", first_step + stage.steps
-    run = Run.start(stage, nets, first_step, device)
-    resumed, warnings = restore(run, folder)
-    check(stage, run.step, last_step, world)
-    log = RunLog(out, run.step, tensorboard)
-    with closing(progress), closing(log), StopOnSignal() as stop:
+    team = team or Team(device=device)
+    check(stage, team)
+    run = Run.start(stage, nets, first_step, device, team)
+    saver = Saver(folder, team)
+    resumed, warnings = restore(run, saver, last_step)
+    log = RunLog(out, run.step, tensorboard, writes=team.first)
+    watchdog, snapshots = Watchdog(out, rank=team.rank, world=team.world), Keeper(run, out / "ema", last_step)
+    with closing(progress), closing(log), together(team.sharded), StopOnSignal() as stop, watchdog as dog:
         progress.start(stage.steps, run.step - first_step)
         for warning in warnings:
             progress.message(warning)
-        reports = Reports(run, every, last_step, log, on_sample, on_evaluate)
-        if resumed:
-            reports.at_step()  # a kill may have come between the checkpoint and its reports
-        while run.step < last_step:
+        reports = Reports(run, team, every, last_step, log, on_sample, on_evaluate)
+        snapshots.begin()
+        with dog.resting():
+            over = resumed and reports.at_step()  # a kill may have come between the checkpoint and its reports
+        while run.step < last_step and not over:
             began = time.perf_counter()
-            x0, cond = samples_of(data, stage, run, folder, seed, rank, world, device)
-            run.set_rate(stage.rate.rate(run.step, (run.step - first_step) / stage.steps))
-            normalize_weights(nets.student)  # of EDM2's network; here, so that the EMA has them as the steps left them
-            seed_of = functools.partial(mix, seed, run.step, rank)
-            loss, stats = accumulate(stage, nets, x0, cond, run.step, last_step, seed_of, run.scaler)
-            run.scaler.unscale_(run.trained)
-            grad_norm = nn.utils.clip_grad_norm_(run.parameters, stage.clip)
-            finite = bool((loss + grad_norm).isfinite())  # waits for the device
-            if finite:
-                run.scaler.step(run.trained)
-                run.average(stage.ema, last_step)
-                run.sums.add(loss, grad_norm, stats)
-            run.scaler.update()
-            run.zero_grad()
-            run.count_step(finite, time.perf_counter() - began)
-            if run.skipped_in_row == min(SKIPS_IN_A_ROW, stage.steps):
+            x0, cond = samples_of(data, stage, run, saver, seed, device)
+            drawn = Drawn(mix(seed, run.step, PASSES), team.rank, team.world)
+            with normalized(nets.student):  # EDM2's weights; here, so that the EMA has them as the steps left them
+                loss, stats = accumulate(stage, nets, x0, cond, run.step, last_step, drawn, run.at_turn.scale)
+            run.update(loss, stats, (run.step - first_step) / stage.steps, last_step)
+            run.count(time.perf_counter() - began)
+            metrics = run.log_line() if due(run.step, every.log, last_step) else None
+            if (metrics or device.type == "cpu") and run.skipped_in_row >= min(SKIPS_IN_A_ROW, stage.steps):
                 raise diverged(run.step, run.skipped_in_row, folder)
-
-            metrics = run.log_line(stage.batch) if due(run.step, every.log, last_step) else None
             if metrics is not None:
-                log.write(log.metrics, metrics)
+                log.metric(metrics)
             progress.update(run.step - first_step, metrics)
-            if due(run.step, every.save, last_step) or stop.requested:
-                path = save_checkpoint(folder, run.step, *run.packed())
-                if stop.requested:
-                    raise Interrupted(run.step, path)
-            reports.at_step()
-        if stop.requested:  # during the last evaluation
-            raise Interrupted(run.step, checkpoint_path(folder, run.step))
-    images, path = stage.steps * stage.batch, checkpoint_path(folder, last_step)
-    return TrainResult(run.ema, first_step, last_step, **run.clock(), images=images, skipped=run.skipped, path=path)
+            snapshots.at_step()
+            stopping = team.any(stop.requested)
+            if due(run.step, every.save, last_step) or stopping:
+                saver.save(run.step, *run.packed())
+            if stopping:
+                raise interrupted(run.step, saver, stop)
+            dog.beat(run.step)
+            with dog.resting():
+                over = reports.at_step()
+        save_once(run, saver)
+        if team.any(stop.requested):  # during the last evaluation
+            raise interrupted(run.step, saver, stop)
+        saver.wait()
+    images, path = (run.step - first_step) * stage.batch, checkpoint_path(folder, run.step)
+    ema = run.whole_ema()
+    return TrainResult(ema, first_step, run.step, **run.clock(), images=images, skipped=run.skipped, path=path)
 
 
-def restore(run: Run, folder: Path) -> tuple[bool, tuple[str, ...]]:
+def interrupted(step: int, saver: Saver, stop: StopOnSignal) -> Interrupted:
+    """Once its checkpoint is whole; a signal to one process is one to all."""
+    saver.wait()
+    codes = [code for code in saver.team.all_told(stop.code if stop.requested else None) if code is not None]
+    return Interrupted(step, checkpoint_path(saver.folder, step), min(codes))
+
+
+def restore(run: Run, saver: Saver, last_step: int) -> tuple[bool, tuple[str, ...]]:
     """Whether there was a checkpoint to go on from, and one line for every damaged one; its tensors are not kept."""
-    saved = load_checkpoint(folder)
+    saved = saver.load(run.tensors())
     if saved is None:
         return False, ()
     run.restore(saved)
+    if run.step > last_step:
+        raise UserError(
+            f"steps: the last checkpoint is at step {run.step}, this stage would end at {last_step}; raise steps"
+        )
     return True, saved.warnings
 
 
-def check(stage: Stage, step: int, last_step: int, world: int) -> None:
-    if step > last_step:
-        raise UserError(
-            f"steps: the last checkpoint is at step {step}, this stage would end at {last_step}; raise steps"
-        )
+def check(stage: Stage, team: Team) -> None:
+    """Whether these processes can train this stage."""
+    if team.world == 1:
+        return
+    world, name = team.world, type(stage.method).__name__
+    if team.sharded and isinstance(stage.method, WHOLE_ONLY):
+        raise UserError(f"--shard: {name} takes gradients within a pass, which weights in pieces cannot; leave it out")
     if stage.batch % world:
         raise UserError(f"batch: {stage.batch} images do not divide among {world} processes")
+    share = stage.batch // world
+    passes = -(-share // (stage.micro_batch or share))
+    if isinstance(stage.core, TCM) and not stage.keeps_shares(share // passes, stage.core.rho):
+        raise UserError(
+            f"batch: {stage.batch} in {passes * world} passes would change the share of samples at t', "
+            f"method.rho={stage.core.rho:.15g}; give more images or fewer processes"
+        )
 
 
 def samples_of(
-    data: TrainingSet, stage: Stage, run: Run, folder: Path, seed: int, rank: int, world: int, device: torch.device
+    data: TrainingSet, stage: Stage, run: Run, saver: Saver, seed: int, device: torch.device
 ) -> tuple[Samples, Cond]:
     """The samples of the step to come, and what the network is told of each: its class, and how it was augmented."""
+    team, problem = saver.team, None
+    rank, world = team.rank, team.world
     try:
         x0, cond = data.batch(run.step, stage.batch // world, seed, rank, world, device)
     except UserError as error:
-        if run.train_seconds == 0:  # nothing to lose
-            raise
-        if run.step not in saved_steps(folder):
-            save_checkpoint(folder, run.step, *run.packed())
-        raise UserError(f"{error}; training stopped after step {run.step}, which is saved") from error
+        problem = error
+    if team.any(problem is not None):
+        raise unreadable(problem, run, saver)
+    if stage.label_dropout and cond is not None:
+        cond = drop_labels(cond, stage.label_dropout, Seeded.of(mix(seed, run.step, LABELS), rank, world))
     if stage.augment is None:
         return x0, cond
-    x0, labels = stage.augment(x0, Seeded.of(mix(seed, run.step, rank, AUGMENT)))
+    x0, labels = stage.augment(x0, Seeded.of(mix(seed, run.step, AUGMENT), rank, world))
     if cond is None:
         return x0, labels
-    return x0, torch.cat([one_hot(cond, data.classes).to(labels), labels], 1)
+    one_hot = cond[:, None] == torch.arange(data.classes, device=cond.device)  # zeros where there is no label
+    return x0, torch.cat([one_hot.to(labels), labels], 1)
 
 
-def due(step: int, interval: int, last_step: int) -> bool:
-    return step == last_step or (interval > 0 and step % interval == 0)
+def unreadable(problem: UserError | None, run: Run, saver: Saver) -> UserError:
+    """What to raise where this process, or another one, could not read its samples; saves what is done."""
+    told = saver.team.all_told(None if problem is None else str(problem))
+    text = next(found for found in told if found is not None)
+    if saver.team.told(run.train_seconds) == 0:  # nothing to lose
+        return UserError(text)
+    save_once(run, saver)
+    saver.wait()
+    return UserError(f"{text}; training stopped after step {run.step}, which is saved")
 
 
-def mix(seed: int, step: int, rank: int, micro: int) -> int:
-    """A seed of 63 bits for one pass: each number in turn goes through the finaliser of splitmix64.
+def save_once(run: Run, saver: Saver) -> None:
+    """The checkpoint of this step, unless it is there."""
+    saver.wait()
+    if saver.team.told(run.step not in saved_steps(saver.folder)):
+        saver.save(run.step, *run.packed())
+
+
+def mix(*numbers: int) -> int:
+    """A seed of 63 bits for these numbers: each in turn goes through the finaliser of splitmix64.
 
     The finaliser is a bijection of 64-bit words in which every input bit flips each output bit with probability about
-    one half, so (seed, step, rank, micro) and its neighbours share nothing, also in the low 32 bits, which are all
-    that torch's generator on the CPU takes.
+    one half, so neighbours share nothing, also in the low 32 bits, which are all that torch's generator on the CPU
+    takes.
     """
     word, h = (1 << 64) - 1, 0
-    for value in (seed, step, rank, micro):
+    for value in numbers:
         h = (h + value + 0x9E3779B97F4A7C15) & word
         h = ((h ^ (h >> 30)) * 0xBF58476D1CE4E5B9) & word
         h = ((h ^ (h >> 27)) * 0x94D049BB133111EB) & word
@@ -195,28 +222,39 @@ def mix(seed: int, step: int, rank: int, micro: int) -> int:
     return h >> 1
 
 
-def accumulate(
-    stage: Stage,
-    nets: Nets,
-    x0: Samples,
-    cond: Cond,
-    step: int,
-    steps: int,
-    seed_of: Callable[[int], int],
-    scaler: torch.amp.GradScaler,
-) -> tuple[Tensor, Stats]:
-    """Add the gradient of the mean loss over x0 to the student, a micro-batch at a time, each weighted by its share.
+@dataclass(frozen=True)
+class Drawn:
+    """The randomness of one step: its seed, and which of the samples are those of this process."""
 
-    seed_of(i) seeds torch for micro-batch i. Returns the mean loss and the statistics of all samples.
+    seed: int
+    rank: int = 0
+    world: int = 1
+
+    @contextmanager
+    def passes(self, micro: int, micros: int, n: int) -> Iterator[None]:
+        """Micro-batch `micro` of the n samples of this process; each draws for all samples of the step."""
+        torch.manual_seed(self.seed)
+        with draws.rows(self.rank + self.world * micro, self.world * micros, self.world * n):
+            yield
+
+
+def accumulate(
+    stage: Stage, nets: Nets, x0: Samples, cond: Cond, step: int, steps: int, drawn: Drawn, scale: Tensor
+) -> tuple[Tensor, Stats]:
+    """Add the gradient of the mean loss over x0, times scale, to the student, a micro-batch at a time.
+
+    Micro-batch m of M holds samples m, m + M, m + 2 M, ..., and counts by its share of them. Returns the mean loss and
+    the statistics of all samples.
     """
-    size = stage.micro_batch or len(x0)
+    micros = -(-len(x0) // (stage.micro_batch or len(x0)))
     total, stats = torch.zeros((), device=x0.device), []
-    for micro, x0_part in enumerate(x0.split(size)):
-        cond_part = None if cond is None else cond[micro * size : micro * size + len(x0_part)]
-        torch.manual_seed(seed_of(micro))
-        loss, stat = stage.method.loss(nets, x0_part, cond_part, step, steps)
-        loss = loss * (len(x0_part) / len(x0))
-        scaler.scale(loss).backward()
+    for micro in range(micros):
+        x0_part, cond_part = x0[micro::micros], None if cond is None else cond[micro::micros]
+        with apart(nets.student) if micro + 1 < micros else nullcontext():  # gradients meet in the last pass
+            with drawn.passes(micro, micros, len(x0)):
+                loss, stat = stage.method.loss(nets, x0_part, cond_part, step, steps)
+            loss = loss * (len(x0_part) / len(x0))
+            (loss * scale).backward()
         total += loss.detach()
         stats.append(stat)
     return total, {name: torch.cat([stat[name].detach() for stat in stats]) for name in ("t", "distance")}
@@ -229,55 +267,3 @@ def diverged(step: int, skipped: int, folder: Path) -> UserError:
         f"step {step}: the loss or its gradient was not finite {skipped} steps in a row; {last}; "
         "try a lower rate, precision=bf16 or fp32, or a smaller clip"
     )
-
-
-@dataclass(frozen=True)
-class Reports:
-    """Samples and evaluations of the EMA model, at their intervals."""
-
-    run: Run
-    every: Every
-    last_step: int
-    log: RunLog
-    on_sample: Callable[[ConsistencyModel, int], None]
-    on_evaluate: Callable[[ConsistencyModel, int], dict[str, Any]]
-
-    def at_step(self) -> None:
-        """What is due at this step; an evaluation that is already on file is not repeated."""
-        step = self.run.step
-        if due(step, self.every.sample, self.last_step):
-            self.on_sample(self.run.ema, step)
-        if due(step, self.every.evaluate, self.last_step) and self.log.evaluations.last_step != step:
-            line = {"step": step, **self.run.clock(), **self.on_evaluate(self.run.ema, step)}
-            self.log.write(self.log.evaluations, line)
-
-
-class StopOnSignal:
-    """Within it, the first SIGINT or SIGTERM sets `requested`; a second one acts at once, as it would without.
-
-    Only the main thread may install handlers; elsewhere `requested` stays False.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self.previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopOnSignal":
-        if threading.current_thread() is threading.main_thread():
-            self.previous = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.restore()
-
-    def restore(self) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-        self.previous = {}
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            self.restore()
-            signal.raise_signal(number)
-        self.requested = True
-        os.write(2, b"\nStopping after this step; once more to stop at once.\n")  # print may not be re-entered here

@@ -36,7 +36,7 @@ from onejump.recipes import build_recipe
 from onejump.run_record import open_run
 from onejump.saved import load_model
 from onejump.start import Given
-from onejump.train import Every, Interrupted, mix
+from onejump.train import AUGMENT, Every, Interrupted, mix
 from onejump.types import UserError
 
 PIPE = AugmentPipe(p=0.5)
@@ -93,15 +93,16 @@ class Seen:
 
 @pytest.mark.parametrize("classes", [CLASSES, 0])
 def test_the_network_is_told_the_class_and_how_each_image_was_augmented(tmp_path, folder, classes):
-    """One-hot classes, then the pipe's labels; micro-batches take their rows of both; draws by (seed, step, rank)."""
+    """One-hot classes, then the pipe's labels; micro-batches take their rows of both; draws by (seed, step)."""
     data, seen = load_images(folder), Seen()
     data = data if classes else data.unlabelled()
     stage = stage_of(seen, augment=PIPE, steps=2, batch=12, micro_batch=5)
-    run(stage, tmp_path, nets=seen.nets(unet(classes)), data=data, seed=4, rank=0)
+    run(stage, tmp_path, nets=seen.nets(unet(classes)), data=data, seed=4)
     for step in range(2):
         x0, cond = data.batch(step, 12, 4)
-        x0, labels = PIPE(x0, Seeded.of(mix(4, step, 0, -1)))
-        given = [torch.cat(parts) for parts in zip(*seen.given[3 * step : 3 * step + 3], strict=True)]
+        x0, labels = PIPE(x0, Seeded.of(mix(4, step, AUGMENT)))
+        passes = seen.given[3 * step : 3 * step + 3]  # of every third sample
+        given = [torch.stack(parts, 1).flatten(0, 1) for parts in zip(*passes, strict=True)]
         assert torch.equal(given[0], x0)
         expected = label_vectors(cond, classes, x0)
         assert torch.equal(given[1], torch.cat([expected, labels], 1))

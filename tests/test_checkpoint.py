@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from onejump import checkpoint
-from onejump.checkpoint import load_checkpoint, pack_optimizer, save_checkpoint, unpack_optimizer
-from onejump.optim import Adam, RAdam
+from onejump.checkpoint import load_checkpoint, save_checkpoint
 from onejump.types import UserError
 
 
@@ -221,46 +220,6 @@ def test_a_kill_before_the_rename_leaves_the_old_one(tmp_path):
     assert saved.step == 10 and saved.tensors["a"].sum() == 3 and not saved.warnings
     save_checkpoint(tmp_path, 20, {"a": torch.zeros(3)}, {})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010", "step-00000020"]
-
-
-def trained(kind, steps, model=None, optimizer=None):
-    if model is None:
-        torch.manual_seed(0)
-        model = torch.nn.Linear(3, 2)
-        model.unused = torch.nn.Parameter(torch.ones(2))  # never has a gradient, hence no state
-        optimizer = kind.build(model.parameters())
-    for group in optimizer.param_groups:
-        group["lr"] = 0.01
-    for i in range(steps):
-        optimizer.zero_grad()
-        model(torch.full((1, 3), float(i % 3))).square().sum().backward()
-        optimizer.step()
-    return model, optimizer
-
-
-@pytest.mark.parametrize("kind", [RAdam(), Adam(betas=(0.9, 0.99))])
-def test_a_restored_optimizer_takes_the_same_steps(tmp_path, kind):
-    model, optimizer = trained(kind, 9)
-    packed, meta = pack_optimizer(optimizer)
-    assert {"optimizer/0/exp_avg", "optimizer/1/exp_avg_sq", "optimizer/0/step"} <= packed.keys()
-    save_checkpoint(tmp_path, 9, packed, meta)
-    saved = load_checkpoint(tmp_path)
-
-    again = torch.nn.Linear(3, 2)
-    again.unused = torch.nn.Parameter(torch.ones(2))
-    again.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
-    fresh = kind.build(again.parameters())
-    unpack_optimizer(fresh, saved.tensors, saved.meta)
-    trained(kind, 7, model, optimizer)
-    trained(kind, 7, again, fresh)
-    assert same(model.state_dict(), again.state_dict())
-    assert same(pack_optimizer(optimizer)[0], pack_optimizer(fresh)[0])
-
-
-def test_another_optimizer_is_refused(tmp_path):
-    packed, meta = pack_optimizer(trained(RAdam(), 2)[1])
-    with pytest.raises(UserError, match="RAdam for 3 parameters, this is Adam for 3"):
-        unpack_optimizer(trained(Adam(), 1)[1], packed, meta)
 
 
 def test_a_copied_folder_is_as_good(tmp_path):

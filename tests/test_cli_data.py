@@ -2,12 +2,14 @@
 
 import argparse
 
+import numpy as np
 import pytest
 from image_files import flat, write
 from PIL import Image
 
-from onejump.cli_data import add_commands
+from onejump.cli_data import add_commands, memory_told
 from onejump.cli_input import images_of
+from onejump.data.latents import open_latents
 from onejump.data.load import load_images
 from onejump.types import UserError
 
@@ -59,6 +61,9 @@ def test_prepare_writes_and_lists(tmp_path, capsys):
         (("prepare", "x", "out.zip", "--crop", "dhariwal"), "give --size"),
         (("prepare", "x", "out.zip", "--crop", "left", "--size", "4"), "--crop left"),
         (("show", "x", "--size", "0"), "--size 0"),
+        (("show", "x", "--size", "60000"), "--size 60000: .* 9,459 at most"),
+        (("prepare", "x", "out.zip", "--size", "100000"), "--size 100000: .* pixels"),
+        (("show", "set-*.tar"), "000..002"),
         (("show", "x", "--sheet", "s.jpg"), "end it with .png"),
         (("show", "nowhere"), "nowhere: no such"),
     ],
@@ -69,9 +74,37 @@ def test_mistakes_are_told_in_one_line(words, told, tmp_path, monkeypatch):
         run(*words)
 
 
+def test_too_little_memory_is_told_with_what_helps_this_command():
+    with pytest.raises(UserError, match="out of memory; give --workers 1"), memory_told("give --workers 1"):
+        bytearray(2**62)
+
+
 def test_data_with_bad_files_can_be_trained_on_if_asked(tmp_path, capsys):
     path = str(write(tmp_path / "set", FILES))
     with pytest.raises(UserError, match="dog/d.png"):
         images_of(argparse.Namespace(data=path, size=None, skip_bad=False))
     assert images_of(argparse.Namespace(data=path, size=None, skip_bad=True)).labels.tolist() == [0, 0, 1]
     assert "1 left out: dog/d.png in " in capsys.readouterr().err
+
+
+def test_show_tells_what_latents_are_and_prepare_leaves_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    z = np.arange(5 * 2 * 3 * 3, dtype=np.float32).reshape(5, 2, 3, 3)
+    z[4, 0, 0, 0] = np.nan
+    np.save(tmp_path / "z.npy", z)
+    np.save(tmp_path / "z_labels.npy", [0, 1, 1, 0, 1])
+    run("show", tmp_path / "z.npy")
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    mean, std = (f((0, 2, 3)) for f in (z[:4].astype(float).mean, z[:4].astype(float).std))
+    assert lines[:5] == [
+        *(["latents", "4"], ["shape", "2x3x3"], ["stored", "as    numbers"]),
+        ["mean", f"{mean[0]:.8f} {mean[1]:.8f}"],
+        ["std", f"{std[0]:.8f} {std[1]:.8f}"],
+    ]
+    assert lines[5:8] == [["classes", "2"], ["2", "0"], ["2", "1"]]
+    assert lines[8] == ["fingerprint", open_latents(tmp_path / "z.npy", skip_bad=True).fingerprint]
+    assert lines[9] == ["bad", "1"] and " ".join(lines[10]).startswith("latent 4 in ")
+    with pytest.raises(UserError, match="leave --size out"):
+        run("show", tmp_path / "z.npy", "--size", "2")
+    with pytest.raises(UserError, match="latents, not images"):
+        run("prepare", tmp_path / "z.npy", tmp_path / "out.zip")

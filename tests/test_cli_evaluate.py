@@ -8,7 +8,9 @@ from PIL import Image
 from tiny_run import finished_run, record, said
 
 from onejump.cli import main
+from onejump.cli_results import print_results
 from onejump.data.digits import digits
+from onejump.page import number
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +60,46 @@ def test_a_model_is_judged_by_images_without_its_labels(out, tmp_path, capsys):
 
 def test_evaluate_prints_a_table(out, tmp_path, capsys):
     assert main(["evaluate", str(out), "--n", "40", "--out", str(tmp_path / "numbers.json")]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    text = capsys.readouterr().out
+    rows = [line.split() for line in text.splitlines()]
     for k, found in record(tmp_path / "numbers.json")["steps"].items():
         sure = found["confidence"]
         shares = [f"{share:.1%}" for share in (sure["mean"], sure["as_asked"], found["balance_distance"])]
-        assert ["stage2", k, k, f"{found['frechet']:.3f}", *shares] in rows
+        low, high = map(number, found["frechet_interval"])
+        cells = [f"{found['frechet']:.3f}", f"{low}..{high}", number(found["kid"]), *shares]
+        assert ["stage2", k, k, *cells] in rows
+    assert ["stage", "steps", "calls", "Frechet", "95", "%", "KID", "sure", "asked", "balance"] in rows
+    assert all(len(line) <= 80 for line in text.splitlines() if "tmp" not in line)
+
+
+def test_the_table_has_no_columns_of_which_the_record_holds_nothing(capsys):
+    found = {"nfe": 2, "frechet": 1.5, "n": 10}
+    print_results({"n": 9, "detector": "pixels-8x8", "real_half_frechet": 0.25}, {"a": {"steps": {"2": found}}})
+    table = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert table == [
+        ["stage", "steps", "calls", "Frechet"],
+        ["a", "2", "2", "1.500"],
+        ["real", "half", "-", "-", "0.250"],
+    ]
+
+
+def test_a_finished_record_is_replaced_by_the_same_evaluation_alone(out, tmp_path, capsys):
+    path = tmp_path / "k.json"
+    argv = ["evaluate", str(out), "--n", "20", "--out", str(path)]
+    path.touch()  # an empty file holds nothing to lose
+    assert main([*argv, "--steps", "1"]) == 0
+    capsys.readouterr()
+    kept = path.read_bytes()
+    for other, part in (
+        ([*argv, "--steps", "2"], "k.json: holds something else than a record of this evaluation (steps: [1] there"),
+        ([*argv, "--steps", "1", "--seed", "7"], "(seed: 1234 there, now 7); name a new file, or remove it"),
+        ([*argv, "--steps", "1", "--metrics", "fid"], "metrics"),
+    ):
+        assert part in said(capsys, other, 2) and path.read_bytes() == kept
+    assert main([*argv, "--steps", "1", "--processes", "1"]) == 0
+    capsys.readouterr()
+    path.write_text("[1]")
+    assert "holds something else" in said(capsys, [*argv, "--steps", "1"], 2)
 
 
 def evaluated(capsys, *argv):
@@ -118,8 +155,10 @@ def test_the_search_is_told_with_the_command_that_uses_it(out, tmp_path, capsys)
     assert main(["evaluate", str(out), "--n", "20", "--search-times", "2", "--out", str(tmp_path / "a.json")]) == 0
     text, found = capsys.readouterr().out, record(tmp_path / "a.json")["search"]["2"]
     first, second = found["times"]
-    assert first == 80 and second >= 1.0 and f"--times 80,{second:.4g}" in text  # t' = 1
-    assert main(["sample", str(out), "--n", "2", "--times", f"80,{second:.4g}", "--out", str(tmp_path / "a.png")]) == 0
+    use = text.splitlines()[-1].partition(f"onejump sample {out} ")[2].split()
+    kept = found["kept_own"]
+    assert first == 80 and second >= 1.0 and use == (["--steps", "2"] if kept else ["--times", f"80,{second:g}"])
+    assert main(["sample", str(out), "--n", "2", *use, "--out", str(tmp_path / "a.png")]) == 0
 
 
 @pytest.mark.parametrize(
@@ -134,7 +173,12 @@ def test_the_search_is_told_with_the_command_that_uses_it(out, tmp_path, capsys)
         (["--metrics", "dfid", "--denoise", "0.5,2"], "--denoise: 0.5 is below t' = 1"),
         (["--search-times", "7"], "--search-times 7: 2, 3 or 4 steps"),
         (["--processes", "0"], "--processes 0: 1 or more"),
-        (["--images", "folder"], "give a model, or --images"),
+        (["--images", "folder"], "and --images: not both"),
+        (["--weights", "nope.file"], "--weights nope.file: of which detector? Give --detector too"),
+        (["--search-times", "2", "--times", "80,1"], "--search-times and --times: give one of them"),
+        (["--denoise", "1,2"], "--denoise: the noise levels of dfid; add it to --metrics"),
+        (["--rounding", "up"], "rounding: 'up'; choose one of round, truncate"),
+        (["--reference", "r.npz", "--size", "8"], "--size 8: for the images of --data, and there are none"),
         (["--n", "1"], "--n 1: a distance needs at least 2"),
     ],
 )
@@ -153,3 +197,30 @@ def test_real_images_against_themselves(tmp_path, capsys):
     found = evaluated(capsys, "--images", tmp_path / "digits.npz", "--metrics", "fid,pr")["steps"]["-"]
     assert found["frechet"] == pytest.approx(0, abs=1e-6) and found["precision"] == found["recall"] == 1.0
     assert found["n"] == 1797
+    np.savez(tmp_path / "few.npz", images=digits().images[:40].permute(0, 2, 3, 1).numpy())
+    few, some = (evaluated(capsys, "--images", tmp_path / name, "--n", 40) for name in ("few.npz", "digits.npz"))
+    assert few["steps"]["-"]["frechet"] == some["steps"]["-"]["frechet"] and some["steps"]["-"]["n"] == 40
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--steps", "2"], "--images: --steps is for a model"),
+        (["--search-times", "2"], "--images: --search-times is for a model"),
+        (["--seed", "3"], "--images: --seed is for a model"),
+        (["--denoise", "1"], "--images: --denoise is for a model"),
+        (["--n", "10"], "--images set.npy: 9 of them; 10 are needed"),
+        (["--images", "large.npy"], "the digits, 1x8x8; those of --images are 3x16x16: give --data"),
+        (["--metrics", "dfid"], "--images: dfid is for a model"),
+        (["--metrics", "per-class"], "per-class compares within the classes of the real images; the samples have none"),
+        (["--out", "."], "--out .: this is a folder; name a file in it, such as record.json"),
+        (["--data", "z.npy"], "--data z.npy: latents, which no detector can see"),
+    ],
+)
+def test_mistakes_with_given_images_are_found_before_any_work(tmp_path, monkeypatch, capsys, options, part):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    np.save("z.npy", np.random.default_rng(0).normal(size=(4, 1, 8, 8)))
+    np.save("set.npy", digits().images.numpy()[:9])
+    np.save("large.npy", np.zeros((4, 3, 16, 16), np.uint8))
+    assert part in said(capsys, ["evaluate", "--images", "set.npy", *options], 2)

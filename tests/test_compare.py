@@ -180,6 +180,26 @@ def test_models_with_a_record_stand_beside_runs(runs, tmp_path):
         compare([f"{tmp_path}/single.safetensors={tmp_path}/r.json", str(runs[0])])
 
 
+def test_two_records_of_one_model_are_named_by_their_files(runs, tmp_path):
+    save(tmp_path / "m", 7, Multistep(), {})
+    steps = {"1": numbers_of(0.75, 1, 1)}
+    for name in ("x", "y"):
+        record = {"model_sha256": model_sha256(tmp_path / "m"), "reference": REFERENCE, "steps": steps}
+        write(tmp_path / f"{name}.json", record)
+    words = [f"{tmp_path}/m={tmp_path}/{name}.json" for name in ("x", "y")]
+    assert [entry.name for entry in compare(words).entries] == ["m (x)", "m (y)"]
+    with pytest.raises(UserError, match=r"2 models are called 'm \(x\)'"):
+        compare([words[0], words[0]])
+
+
+def test_a_recipe_of_another_version_is_named(runs, tmp_path):
+    run = write_run(tmp_path / "old")
+    change(run / "recipe.json", lambda recipe: recipe["stages"]["stage1"].update(gone=1))
+    for word in (run, run / "stage2"):
+        with pytest.raises(UserError, match=r"old/recipe\.json: cannot be read \(.*gone"):
+            compare([str(word), str(runs[0])])
+
+
 def test_training_that_began_elsewhere_is_counted_where_it_is_on_file(runs, tmp_path):
     run = write_run(tmp_path / "c", seed=3, stages={"stage1": STAGES["stage1"]})
     given = {"path": str(runs[0] / "teacher"), "sha256": model_sha256(runs[0] / "teacher")}

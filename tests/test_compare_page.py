@@ -11,11 +11,13 @@ from PIL import Image
 
 from onejump import cli
 from onejump.compare import compare
-from onejump.compare_page import MARGIN, TITLE, fitting, quality, verdict
+from onejump.compare_page import MARGIN, TITLE, chart, fitting, quality
+from onejump.compare_verdict import verdict
 from onejump.config import Evaluation
 from onejump.cost import cost_of
 from onejump.page import number
 from onejump.samplers import Multistep
+from onejump.svg import Style
 
 
 @pytest.fixture(scope="module")
@@ -126,16 +128,40 @@ def test_distances_while_training_are_drawn_only_in_one_measure(runs, tmp_path):
     assert "While training</text>" not in drawn and "judge different numbers of samples" in drawn
 
 
+def one_step(run, **numbers):
+    change(run / "evaluation.json", lambda found: found["stages"]["stage2"]["steps"]["1"].update(numbers))
+
+
+def told(runs):
+    return re.sub("<.*?>", "", verdict(compare(list(map(str, runs)))).replace("<br>", "\n")).splitlines()
+
+
 def test_verdict_says_where_intervals_overlap(tmp_path):
-    runs = [write_run(tmp_path / name, frechet=frechet) for name, frechet in (("a", 1.0), ("b", 0.9))]
-    for run, interval in zip(runs, ([0.28, 0.35], [0.26, 0.29]), strict=True):
-        change(
-            run / "evaluation.json",
-            lambda found, interval=interval: found["stages"]["stage2"]["steps"]["1"].update(frechet_interval=interval),
-        )
-    first, second = re.sub("<.*?>", "", verdict(compare(list(map(str, runs)))).replace("<br>", "\n")).splitlines()
-    assert first.endswith("before a/stage2 at 0.333; their 95 % intervals overlap.")
+    runs = [write_run(tmp_path / name, frechet=frechet) for name, frechet in (("a", 1.0), ("b", 0.9), ("c", 3))]
+    for run, interval in zip(runs, ([0.28, 0.35], [0.26, 0.29], [0.9, 1.1]), strict=True):
+        one_step(run, frechet_interval=interval)
+    tie = "b/stage2 at 0.300 and a/stage2 at 0.333 are level at the lowest Fréchet distances"
+    first, second = told(runs)
+    assert first == f"With 1 step, {tie}: their 95 % intervals overlap."
     assert second.endswith("before a/stage2 at 0.250.")
+
+
+def test_verdict_calls_a_tie_a_tie(tmp_path):
+    runs = [write_run(tmp_path / name) for name in "ab"]
+    lowest = "are level at the lowest Fréchet distance, 0.333."
+    assert told(runs)[0] == f"With 1 step, a/stage2 and b/stage2 {lowest}"
+    one_step(runs[0], frechet=1.0001 / 3)
+    assert told(runs)[0].endswith("b/stage2 is at the lowest Fréchet distance, 0.333, before a/stage2 at 0.333367.")
+
+
+def test_lines_over_each_other_all_stay_to_be_seen():
+    points = [(1, 4.0), (2, 2.0)]
+    styles = {name: Style(k, markers=True) for k, name in enumerate("abc")}
+    drawn = chart({"a": points, "b": [*points, (4, 1.0)], "c": [(1, 3.0), (2, 2.0)]}, styles, "t", "x", "y")
+    dashed = re.findall(r'stroke-linejoin="round" [^>]*dasharray[^>]*series-(\d)', drawn)
+    assert dashed == ["1"] and drawn.count('r="3.5"') == 4  # markers of a and of c
+    drawn = chart({"a": points[:1], "b": points[:1]}, styles, "t", "x", "y")
+    assert ">b (over a)</text>" in drawn
 
 
 def test_models_without_an_evaluation_still_show_samples(tmp_path):

@@ -200,7 +200,7 @@ def test_stage_fields_need_no_stage_name_in_a_recipe_of_one_stage():
         ("stage1.ema=PowerEMA(gama=2)", "stage1.ema.gama: PowerEMA has no such field; did you mean gamma?"),
         ("stage1.ema=PowerEMA(2)", "name each argument"),
         ("stage1.ema=ICT", "stage1.ema: 'ICT' is none of ConstantEMA, PowerEMA"),
-        ("stage1.precision=fp8", "stage1.precision: 'fp8' is none of fp32, bf16, fp16"),
+        ("stage1.precision=fp8", "stage1.precision: 'fp8' is none of fp32, tf32, bf16, fp16"),
         ("stage1.steps=many", "stage1.steps: expected a whole number, got 'many'"),
         ("stage1.steps=1.5", "stage1.steps: expected a whole number, got 1.5"),
         ("stage1.steps.x=4", "stage1.steps.x: no field x"),

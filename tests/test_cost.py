@@ -7,18 +7,11 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from onejump.config import Stage
 from onejump.cost import Live, bytes_of, cost_of, counting_kept, flops_of, gflop, in_words
-from onejump.data.digits import digits
-from onejump.estimate import estimate_stage, held_bytes, nets_for
-from onejump.methods.dsm import DSM
-from onejump.methods.tcm import TCM
 from onejump.networks.adm_unet import ADMUNetConfig
 from onejump.networks.edm2_unet import EDM2UNetConfig
 from onejump.networks.mlp import MLPConfig
 from onejump.networks.song_unet import SongUNetConfig
-from onejump.recipes import build_recipe
-from onejump.samplers import ODE
 
 SONG = SongUNetConfig(16, 3, 5, model_channels=16, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(8,))
 ADM = ADMUNetConfig(16, 3, 0, model_channels=32, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(8,))
@@ -112,20 +105,6 @@ def test_live_bytes_follow_what_is_made_and_dropped():
         c = torch.cat([b, b])
         del b, c
     assert (live.now, live.peak) == (0, 12000)
-
-
-def test_an_estimate_of_training_agrees_with_the_count():
-    recipe = build_recipe("digits", digits())
-    stage = Stage(DSM(), steps=1, batch=16, sampler=ODE())
-    measured = estimate_stage(recipe, stage, digits(), torch.device("cpu")).bytes
-    assert measured == pytest.approx(cost_of(recipe.network, 16).training, rel=0.02)
-
-
-def test_a_frozen_network_is_held_once_more():
-    recipe = build_recipe("digits", digits())
-    weights = cost_of(recipe.network, 1).weights
-    held = [held_bytes(nets_for(recipe, Stage(method, steps=1), torch.device("cpu"))) for method in (DSM(), TCM())]
-    assert held == [5 * weights, 6 * weights]
 
 
 def test_numbers_are_written_with_their_unit():

@@ -10,8 +10,10 @@ from onejump.evaluation.features import DigitsDetector, PixelDetector
 from onejump.evaluation.statistics import frechet_distance
 from onejump.model import ConsistencyModel
 from onejump.networks.mlp import MLPConfig
+from onejump.run_evaluation import real_images
 from onejump.samplers import ODE, Multistep
 from onejump.saved import SavedModel
+from onejump.types import UserError
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +121,30 @@ def test_heun_counts_two_calls_a_step_but_for_the_last(judge):
 
     found = evaluate(judge, replace(zero_model(), sampler=ODE()), (3,), n=10, seed=0)["steps"]["3"]
     assert found["nfe"] == 5 and found["times"][0] == 80 and found["times"][-1] == pytest.approx(0.002)
+
+
+def test_a_set_on_a_disk_gives_the_numbers_of_the_same_set_in_memory(tmp_path):
+    """With those of the nearest real images, which are looked up in one pass."""
+    from onejump.data.open import open_training_set
+    from onejump.data.png import write_png
+
+    for k, image in enumerate(photos(700).images.permute(0, 2, 3, 1).numpy()):
+        (tmp_path / f"{k:03}.png").write_bytes(write_png(image))
+    judges = [Judge(open_training_set(tmp_path, stream=on, cache=tmp_path), PixelDetector()) for on in (True, False)]
+    samples = photos(720).images[500:]
+    streamed, held = (judge.numbers(samples, None) | judge.reference for judge in judges)
+    assert streamed == held and held["nearest_rms"] > 0 and held["nearest_rms_of_real"] > 0
+
+
+def test_metrics_of_neighbours_want_enough_real_images():
+    for name, least in (("pr", 4), ("dc", 6)):
+        Judge(photos(least), PixelDetector(), (name,))
+        with pytest.raises(UserError, match=f"metrics: {name} needs at least {least} real images, not {least - 1}"):
+            Judge(photos(least - 1), PixelDetector(), (name,))
+
+
+def test_a_class_without_images_leaves_black_places_among_the_real_ones():
+    images = torch.arange(1, 5, dtype=torch.uint8).reshape(4, 1, 1, 1).expand(4, 1, 2, 2).contiguous()
+    data = ImageSet("x", images, torch.tensor([0, 2, 2, 0]), ("a", "b", "c"))
+    found = real_images(data, torch.arange(9) % 3)
+    assert found[:, 0, 0, 0].tolist() == [1, 0, 2, 4, 0, 3, 1, 0, 2]

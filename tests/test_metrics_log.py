@@ -64,8 +64,8 @@ def test_tensorboard_gets_the_numbers_of_the_lines(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = RunLog(tmp_path, 0, tensorboard=True)
-    log.write(log.metrics, {"step": 3, "loss": 0.5, "loss_by_t": [None, 1.0]})
-    log.write(log.evaluations, {"step": 3, "frechet": {"1": 7.5}})
+    log.metric({"step": 3, "loss": 0.5, "loss_by_t": [None, 1.0]})
+    log.evaluation({"step": 3, "frechet": {"1": 7.5}})
     log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}

@@ -187,3 +187,21 @@ def test_denoising_wants_the_classes_that_the_model_knows(saved):
         evaluate(judge, saved, (1,), 10, 3)
     fits = dataclasses.replace(judge, data=digits())
     assert set(evaluate(fits, saved, (1,), 10, 3)["denoising"]["frechet"]) == {"1", "2", "3", "4"}
+
+
+def test_no_process_is_started_for_less_than_two_parts(judge, saved, plain, tmp_path, monkeypatch):
+    how = How(workers=Workers(tmp_path, 50))
+    evaluate(judge, saved, (1, 2), N, 11, how=How(workers=Workers(tmp_path)))
+    sorted(tmp_path.rglob("*.safetensors"))[0].unlink()
+    monkeypatch.setattr(torch.multiprocessing, "get_context", lambda kind: pytest.fail("processes"))
+    assert numbers(evaluate(judge, saved, (1, 2), N, 11, how=how)) == plain
+
+
+def test_metrics_by_class_want_the_classes_of_the_real_images(saved):
+    judge = Judge(digits(), detector_for(digits()), ("fid", "per-class"))
+    other = dataclasses.replace(saved, class_names=tuple("abcdefghij"))
+    with pytest.raises(UserError, match="per-class compares within .* have other classes"):
+        evaluate(judge, other, (1,), 10, 3)
+    named = dataclasses.replace(judge, data=dataclasses.replace(digits(), class_names=tuple("abcdefghij")))
+    found = evaluate(named, saved, (1,), 40, 3)["steps"]["1"]["per_class"]["classes"]  # known by number alone
+    assert found == evaluate(judge, saved, (1,), 40, 3)["steps"]["1"]["per_class"]["classes"] and None not in found

@@ -196,8 +196,8 @@ def test_skips_are_counted_across_a_resume(tmp_path):
 
     with pytest.raises(Interrupted):
         run(stage_of(Bad()), tmp_path, progress=stop_at(9))
-    meta = load_checkpoint(tmp_path / "checkpoints").meta
-    assert (meta["skipped"], meta["skipped_in_row"]) == (5, 5)
+    tensors = load_checkpoint(tmp_path / "checkpoints").tensors
+    assert (tensors["optimizer/skipped"], tensors["optimizer/skipped_in_row"]) == (5, 5)
     with pytest.raises(UserError, match="step 14: .*10 steps in a row"):
         run(stage_of(Bad()), tmp_path)
 

@@ -1,19 +1,22 @@
 """The search finds known optima, and never asks below t'."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from test_samplers import GaussianScore
 
 from onejump.data.image_set import ImageSet
+from onejump.evaluate import How
 from onejump.evaluation.features import PixelDetector
 from onejump.judge import Judge
 from onejump.model import ConsistencyModel
 from onejump.networks.mlp import MLPConfig
+from onejump.parts import Workers
 from onejump.samplers import ODE, Multistep
 from onejump.saved import SavedModel
-from onejump.search_times import best_times, golden_section, search_times
+from onejump.search_times import best_times, golden_section, rounded_up, search_times
 from onejump.types import UserError
 
 
@@ -86,8 +89,30 @@ def test_the_times_found_beat_the_models_own_on_other_images():
     assert found["search"]["seed"] == 4 and found["search"]["n"] == 64
     from onejump.evaluate import evaluate
 
-    assert found["frechet"] < evaluate(judge, saved, (2,), 64, 3)["steps"]["2"]["frechet"]
+    own = evaluate(judge, saved, (2,), 64, 3)["steps"]["2"]
+    assert found["frechet"] < own["frechet"] == found["own"]["frechet"] and not found["kept_own"]
     assert found["frechet"] != found["search"]["frechet"]
+    best = replace(saved, sampler=Multistep(mid=tuple(found["times"][1:])))
+    assert evaluate(judge, best, (2,), 64, 3)["steps"]["2"]["frechet"] == found["frechet"]  # of the times as told
+
+
+def test_times_that_are_no_better_on_other_images_are_not_taken():
+    """The model's own times are the best for the very images on which those found on others are measured."""
+    net = GaussianScore(0.0, 0.5)
+    net.anchor = torch.nn.Parameter(torch.zeros(1))
+    model = Exact(net)
+    model.asked = []
+    saved = SavedModel(model, MLPConfig((1, 8, 8)), Multistep(mid=(5.0,)), (1, 8, 8))
+    judge = Judge(grey_gaussian(), PixelDetector(), ("fid",))
+    best = search_times(judge, saved, 2, 20, seed=2)["2"]["times"]  # searched on images of seed 3
+    found = search_times(judge, replace(saved, sampler=Multistep(mid=(best[1],))), 2, 20, seed=3)["2"]
+    assert found["kept_own"] and found["times"] == best
+    assert found["frechet"] == found["own"]["frechet"] < found["search"]["measured"]
+
+
+def test_times_are_rounded_to_what_can_be_told_and_never_down():
+    rounded = {1.0: 1.0, 1.23401: 1.235, 0.02: 0.02, 0.0200001: 0.02001, 9.99999: 10.0, 79.9: 79.9}
+    assert [rounded_up(t) for t in rounded] == list(rounded.values())
 
 
 def test_models_without_mid_times_and_other_numbers_of_steps_are_refused():
@@ -98,3 +123,33 @@ def test_models_without_mid_times_and_other_numbers_of_steps_are_refused():
     other = SavedModel(saved.model, saved.network, Multistep(), saved.shape)
     with pytest.raises(UserError, match="--search-times 5: 2, 3 or 4"):
         search_times(judge, other, 5, 64, seed=3)
+
+
+def test_a_search_that_was_stopped_goes_on_to_the_same_times(tmp_path):
+    """What was scored is not made again, and what it was scored on is not kept."""
+    net = GaussianScore(0.0, 0.5)
+    net.anchor = torch.nn.Parameter(torch.zeros(1))
+    model = Exact(net, t_min=0.3)
+    saved = SavedModel(model, MLPConfig((1, 8, 8)), Multistep(mid=(5.0,)), (1, 8, 8))
+    judge = Judge(grey_gaussian(100), PixelDetector(), ("fid",))
+    model.asked = []
+    plain = search_times(judge, saved, 2, 30, seed=3)["2"]
+    calls, how = len(model.asked), How(workers=Workers(tmp_path))
+
+    class Full(list):
+        def append(self, item):
+            if len(self) >= calls // 2:
+                raise KeyboardInterrupt
+            super().append(item)
+
+    model.asked = Full()
+    with pytest.raises(KeyboardInterrupt):
+        search_times(judge, saved, 2, 30, seed=3, how=how)
+    done = len(list(tmp_path.glob("*.safetensors")))
+    assert done > 2
+    model.asked = []
+    resumed = search_times(judge, saved, 2, 30, seed=3, how=how)["2"]
+    assert {**resumed, "seconds": 0} == {**plain, "seconds": 0}
+    assert len(model.asked) == calls - done * calls // (plain["search"]["queries"] + 2)  # and two measurements
+    assert len(list(tmp_path.glob("*.safetensors"))) == plain["search"]["queries"]
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 2  # the measurements

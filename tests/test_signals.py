@@ -6,7 +6,8 @@ import pytest
 from training_setup import Recorder, run, stage_of
 
 from onejump.checkpoint import load_checkpoint
-from onejump.train import Every, Interrupted
+from onejump.signals import Interrupted, StopOnSignal, Terminated, TermUnwinds
+from onejump.train import Every
 
 NEVER = Every(log=0, save=0, sample=0, evaluate=0)
 
@@ -41,3 +42,40 @@ def test_a_signal_during_the_last_evaluation_is_heard(tmp_path):
     with pytest.raises(Interrupted) as stop:
         run(stage_of(steps=3), tmp_path, every=NEVER, on_evaluate=evaluate)
     assert stop.value.step == 3 and load_checkpoint(tmp_path / "checkpoints").step == 3
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_what_a_scheduler_stops_has_not_failed(tmp_path, number, code):
+    progress = Recorder(lambda done: os.kill(os.getpid(), number) if done == 4 else None)
+    with pytest.raises(Interrupted) as stop:
+        run(stage_of(), tmp_path, every=NEVER, progress=progress)
+    assert (stop.value.code, stop.value.step) == (code, 4)
+    assert load_checkpoint(stop.value.path.parent).step == 4
+
+
+def test_sigterm_sent_twice_still_saves_the_step(tmp_path):
+    """As a scheduler and a launcher both do."""
+
+    def twice(done):
+        if done == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted) as stop:
+        run(stage_of(), tmp_path, every=NEVER, progress=Recorder(twice))
+    assert (stop.value.code, load_checkpoint(tmp_path / "checkpoints").step) == (0, 4)
+
+
+def test_sigterm_outside_of_training_unwinds_and_inside_it_finishes_the_step():
+    before, log = signal.getsignal(signal.SIGTERM), []
+    with pytest.raises(Terminated):
+        with TermUnwinds():
+            with StopOnSignal() as stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+                log.append((stop.requested, stop.code))
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)  # not heard: it would meet the unwinding
+                log.append("closed")
+    assert log == [(True, 0), "closed"] and signal.getsignal(signal.SIGTERM) == before

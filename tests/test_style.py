@@ -19,42 +19,39 @@ ALL = OURS + sorted((ROOT / "tests").rglob("*.py"))
 
 # A module imports only from lines above its own, or from its own folder.
 LAYERS = """
-types
-losses times ema optim checkpoint tensor_file page svg networks data evaluation
-lpips_backbones precond analytic_jump svg_heatmap
-lpips
-model
-solvers
-analytic_table alignment
-analytic
-analytic_page
-alignment_page
-samplers
-methods
-config generate metrics_log
-fit config_json cost
-overrides saved recipes estimate run_state run_folder
-importers exporters hub
-reference
-judge parts
-train evaluate report_charts run_record
-search_times
-report start
-teacher
-pipeline
-compare_models
-compare
-compare_page
-cli_input cli_results
-cli_sampling
-cli_show cli_import cli_export cli_data cli_evaluate cli_compare
-cli_model cli_analytic
+page signals svg types watchdog
+data draws ema evaluation losses metrics_log networks optim svg_heatmap tensor_file vp
+checkpoint lpips_backbones precond reference times update
+analytic_jump hand_over judge lpips model posthoc sharded
+analytic_table distributed engine solvers
+alignment analytic analytic_page join methods samplers saver
+alignment_page config generate running_sums
+config_json cost fit plain run_state
+intervals memory overrides recipes run_folder saved
+cli_ema cli_input estimate exporters guidance hub importers phases prompts report_charts report_hand_over
+run_record
+cli_import cli_recipes cli_results cli_sampling cli_team compare_models parts report teacher train
+bench cli_analytic cli_export cli_show cli_text compare evaluate start
+cli_bench cli_data compare_verdict run_evaluation search_times
+cli_evaluate compare_page watch
+cli_compare cli_model pipeline
+cli_training
 cli
 __main__
 """
 RANK = {name: rank for rank, line in enumerate(LAYERS.split("\n")) for name in line.split()}
 TYPES_ONLY = ("networks", "data", "evaluation")  # import nothing else of ours
-FOR_METHODS = ("types", "precond", "losses", "times", "model", "solvers")  # all that a method may import
+FOR_METHODS = (
+    "types",
+    "draws",
+    "precond",
+    "losses",
+    "times",
+    "vp",
+    "optim",
+    "model",
+    "solvers",
+)  # all that they may import
 
 
 def name_of(path: Path) -> str:
@@ -219,11 +216,13 @@ def test_constraints_cover_every_dependency():
 def test_documents_name_every_dependency_method_and_recipe():
     from onejump.recipes import NAMES
 
-    documents = {name: (ROOT / name).read_text() for name in ("README.md", "docs/methods.md", "docs/dependencies.md")}
+    documents = {
+        f"docs/{name}.md": (ROOT / f"docs/{name}.md").read_text() for name in ("recipes", "methods", "dependencies")
+    }
     for path in (PACKAGE / "methods").glob("*.py"):
         assert path.name == "__init__.py" or f"methods/{path.name}" in documents["docs/methods.md"], path.name
     for recipe in NAMES:
-        assert f"`{recipe}`" in documents["README.md"], recipe
+        assert f"`{recipe}`" in documents["docs/recipes.md"], recipe
     for package in constraints():
         assert re.search(rf"\b{package}\b", documents["docs/dependencies.md"].lower().replace("_", "-")), package
 

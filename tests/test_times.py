@@ -93,7 +93,7 @@ def test_karras_uniform_is_the_grid_in_continuous_time():
     u = torch.linspace(0, 1, 41, dtype=torch.float64)
     torch.testing.assert_close(law.quantile(u), karras_grid(41), rtol=1e-12, atol=0)
     torch.manual_seed(0)
-    t = law(40_000, torch.device("cpu"))
+    t = law(40_000)
     u = (t ** (1 / 7) - 0.002 ** (1 / 7)) / (80 ** (1 / 7) - 0.002 ** (1 / 7))
     assert t.dtype == torch.float64 and stats.kstest(u.numpy(), "uniform").pvalue > 1e-3
     assert 0.002 <= t.min() and t.max() <= 80
@@ -103,7 +103,7 @@ def test_karras_uniform_is_the_grid_in_continuous_time():
 def test_half_lognormal_is_half_lognormal_and_half_the_top_of_the_grid(n):
     torch.manual_seed(0)
     law = HalfLogNormal()
-    t = law(n, torch.device("cpu"))
+    t = law(n)
     low, high = t[: n // 2], t[n // 2 :]
     assert len(t) == n and (high >= law.karras.quantile(torch.tensor(0.3))).all() and (high <= 80).all()
     if n > 1000:
@@ -158,7 +158,7 @@ def test_truncated_lognormal_quantiles():
 
 def test_untruncated_lognormal_moments():
     torch.manual_seed(0)
-    log_t = LogNormal(-1.1, 2.0)(400_000, torch.device("cpu")).log()
+    log_t = LogNormal(-1.1, 2.0)(400_000).log()
     assert abs(log_t.mean() + 1.1) < 5 * 2 / 400_000**0.5
     assert abs(log_t.std() - 2.0) < 5 * 2 / 800_000**0.5
 
@@ -218,11 +218,11 @@ def test_log_student_t_whose_centre_is_outside_keeps_its_digits(mu):
 
 def test_log_student_t_without_mass_is_refused():
     with pytest.raises(UserError, match="times: no mass .* use a nearer mu or a larger sigma"):
-        LogStudentT(-20.0, 0.2, 1e4)(4, torch.device("cpu"), 1.0, 80.0)
+        LogStudentT(-20.0, 0.2, 1e4)(4, 1.0, 80.0)
 
 
 def test_the_table_of_the_student_t_is_made_once_a_device():
-    first, second = (_student_t_table(0.01, 0.0, 21.9, torch.device("cpu")) for _ in range(2))
+    first, second = (_student_t_table(0.01, 0.0, 21.9) for _ in range(2))
     assert first is second
 
 

@@ -9,6 +9,7 @@ import torch
 
 from onejump.config import Stage
 from onejump.data.image_set import ImageSet
+from onejump.distributed import Team
 from onejump.ema import PowerEMA
 from onejump.methods.base import Nets
 from onejump.methods.ect import ECT
@@ -92,5 +93,5 @@ def run(
         progress=progress or Recorder(),
         on_sample=on_sample,
         on_evaluate=on_evaluate,
-        rank=rank,
+        team=Team(rank),
     )

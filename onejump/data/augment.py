@@ -50,22 +50,30 @@ class Draws(Protocol):
 
 @dataclass(frozen=True)
 class Seeded:
-    """Draws from a generator of torch, the same for every device."""
+    """Draws from a generator of torch, the same for every device. The last dimension counts the images.
+
+    Process `rank` of `world` draws for the images of all, and takes its own: every world-th.
+    """
 
     generator: torch.Generator
+    rank: int = 0
+    world: int = 1
 
     @classmethod
-    def of(cls, seed: int) -> "Seeded":
-        return cls(torch.Generator().manual_seed(seed))
+    def of(cls, seed: int, rank: int = 0, world: int = 1) -> "Seeded":
+        return cls(torch.Generator().manual_seed(seed), rank, world)
 
     def integers(self, below: int, n: int) -> Int64[Tensor, " n"]:
-        return torch.randint(below, (n,), generator=self.generator)
+        return self._mine(torch.randint(below, (n * self.world,), generator=self.generator))
 
     def uniform(self, *shape: int) -> Float[Tensor, "..."]:
-        return torch.rand(shape, generator=self.generator)
+        return self._mine(torch.rand(*shape[:-1], shape[-1] * self.world, generator=self.generator))
 
     def normal(self, *shape: int) -> Float[Tensor, "..."]:
-        return torch.randn(shape, generator=self.generator)
+        return self._mine(torch.randn(*shape[:-1], shape[-1] * self.world, generator=self.generator))
+
+    def _mine(self, drawn: Tensor) -> Tensor:
+        return drawn[..., self.rank :: self.world]
 
 
 @dataclass(frozen=True)

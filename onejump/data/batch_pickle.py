@@ -1,7 +1,8 @@
 """The one kind of pickle that CIFAR's Python files are, read without running anything that is in it.
 
-Such a file is a dict of strings, whole numbers, lists of them, and one array of bytes. Its instructions are listed by
-the standard library's `pickletools` and followed here on a stack; whatever this layout does not need is refused.
+Such a file is a dict of strings, whole numbers, lists of them, and one array of bytes, as Python 2 wrote it, or any
+Python 3 that has loaded it and saved it again. Its instructions are listed by the standard library's `pickletools` and
+followed here on a stack; whatever this layout does not need is refused.
 """
 
 import pickletools
@@ -10,14 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from onejump.data.source import line
+from onejump.data.source import line, shown
 from onejump.types import UserError
 
 ARRAY = ("numpy.core.multiarray _reconstruct", "numpy._core.multiarray _reconstruct")
-NAMES = (*ARRAY, "numpy ndarray", "numpy dtype")
+BUFFER = ("numpy.core.numeric _frombuffer", "numpy._core.numeric _frombuffer")  # an array in protocol 5
+ENCODE = "_codecs encode"  # bytes in protocol 2, which has none of its own: a text, to be encoded as latin1
+NAMES = (*ARRAY, *BUFFER, ENCODE, "numpy ndarray", "numpy dtype")
 VALUES = (
     *("BINSTRING", "SHORT_BINSTRING", "BINUNICODE", "SHORT_BINUNICODE", "UNICODE", "STRING", "BINBYTES"),
-    *("SHORT_BINBYTES", "INT", "LONG", "LONG1", "BININT", "BININT1", "BININT2", "NONE"),
+    *("SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8", "INT", "LONG", "LONG1", "BININT", "BININT1", "BININT2", "NONE"),
 )
 MARK = object()
 
@@ -55,6 +58,8 @@ def _follow(data: bytes) -> dict:
                 stack.append({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}[code.name]())
             case "BINPUT" | "LONG_BINPUT" | "PUT":
                 memo[value] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
             case "BINGET" | "LONG_BINGET" | "GET":
                 stack.append(memo[value])
             case "MARK":
@@ -62,14 +67,21 @@ def _follow(data: bytes) -> dict:
             case "NEWTRUE" | "NEWFALSE":
                 stack.append(code.name == "NEWTRUE")
             case "GLOBAL":
-                if value not in NAMES:
-                    raise ValueError(f"it asks for {value}")
-                stack.append(value)
+                stack.append(_known(str(value)))
+            case "STACK_GLOBAL":
+                name, module = stack.pop(), stack.pop()
+                stack.append(_known(f"{module} {name}"))
             case name if name in VALUES:
                 stack.append(value)
             case name:
                 _combine(name, stack)
     raise ValueError("it has no end")
+
+
+def _known(name: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"it asks for {shown(name[:40])}")
+    return name
 
 
 def _combine(name: str, stack: list[Any]) -> None:
@@ -108,7 +120,14 @@ def _above_mark(stack: list[Any]) -> list[Any]:
     return values
 
 
-def _made(name: Any, arguments: tuple) -> Recipe:
+def _made(name: Any, arguments: tuple) -> Recipe | bytes:
+    if name == ENCODE:
+        if len(arguments) != 2 or not isinstance(arguments[0], str) or arguments[1] != "latin1":
+            raise ValueError(f"it asks for {ENCODE} of something else than a plain byte string")
+        return arguments[0].encode("latin-1")
+    if name in BUFFER:
+        content, kind, shape, order = arguments
+        return Recipe("array", (1, shape, kind, order != "C", content))
     if name in ARRAY and arguments[0] == "numpy ndarray":
         return Recipe("array")
     if name == "numpy dtype" and arguments[0] == "u1":
@@ -126,8 +145,8 @@ def _value(value: Any) -> Any:
     return [_text(v) if isinstance(v, str | bytes) else v for v in value] if isinstance(value, list) else value
 
 
-def _bytes(content: str | bytes) -> bytes:
-    return content if isinstance(content, bytes) else content.encode("latin-1")
+def _bytes(content: str | bytes | bytearray) -> bytes:
+    return content.encode("latin-1") if isinstance(content, str) else bytes(content)
 
 
 def _text(content: str | bytes) -> str:

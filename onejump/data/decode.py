@@ -1,14 +1,15 @@
 """One encoded image to pixels: what colours, transparency, depth and orientation become, and the two crops."""
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from onejump.data.png import Pixels, read_png
-from onejump.data.source import line
+from onejump.data.png import Pixels, read_png, read_pngs
+from onejump.data.source import Source, line, shown
 from onejump.types import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # a decoder is chosen by content: no others, whatever the suffix
@@ -40,6 +41,11 @@ class Decoding:
         if self.crop not in ("center", "dhariwal"):
             raise UserError(f"--crop {self.crop}: center or dhariwal is needed")
 
+    def done(self, pixels: Pixels) -> bool:
+        """Whether the pixels are as they are asked for."""
+        h, w, c = pixels.shape
+        return (self.size is None or self.size == h == w) and (self.grey is None or self.grey == (c == 1))
+
     def fit(self, pixels: Pixels) -> UInt8[np.ndarray, "H W c"]:
         """The square of side `size`, if one is asked for."""
         if self.size is None or pixels.shape[:2] == (self.size, self.size):
@@ -49,10 +55,39 @@ class Decoding:
         return np.asarray(square(image, self.size)).reshape(self.size, self.size, -1)
 
 
-def decode(data: bytes, how: Decoding, where: str) -> UInt8[np.ndarray, "c h w"]:
-    """The pixels of an encoded image. Raises UserError, in a line that begins with `where`, if that cannot be done."""
+def decode_all(source: Source, names: Sequence[str], how: Decoding) -> list[UInt8[np.ndarray, "c h w"] | UserError]:
+    """The images of these names, or why one cannot be had. Plain PNGs of one size take about half the time of each."""
+    files: list[bytes] = []
+    found: list[UInt8[np.ndarray, "c h w"] | UserError] = []
+    errors: dict[int, UserError] = {}
+    for k, name in enumerate(names):
+        try:
+            files.append(source.read(name))
+        except UserError as error:
+            files.append(b"")
+            errors[k] = error
+    for k, pixels in enumerate(read_pngs(files)):
+        try:
+            if k in errors:
+                raise errors[k]
+            if pixels is not None and how.done(pixels):
+                found.append(pixels.transpose(2, 0, 1))
+            else:
+                found.append(decode(files[k], how, f"{shown(names[k])} in {source.path}", pixels))
+        except UserError as error:
+            found.append(error)
+    return found
+
+
+def decode(
+    data: bytes, how: Decoding, where: str, known: UInt8[np.ndarray, "H W k"] | None = None
+) -> UInt8[np.ndarray, "c h w"]:
+    """The pixels of an encoded image. Raises UserError, in a line that begins with `where`, if that cannot be done.
+
+    known: what the file holds, if it has been read already.
+    """
     try:
-        pixels = read_png(data, where)
+        pixels = read_png(data, where) if known is None else known
         if pixels is None:
             pixels = _by_pillow(data, how.size is None or how.crop == "center")
         pixels = how.fit(pixels)

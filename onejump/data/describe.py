@@ -11,8 +11,12 @@ import numpy as np
 import torch
 
 from onejump.data.decode import Decoding
+from onejump.data.feeder import WORKERS
+from onejump.data.latent_files import latent_files
+from onejump.data.latents import LatentSet, open_latents, survey_of
 from onejump.data.load import Pixels, as_source, check_any, decoded
 from onejump.data.source import Bad, Source
+from onejump.data.survey import kept
 from onejump.types import Images
 
 CELL = 64  # the side of an image on the sheet if sizes differ
@@ -109,6 +113,12 @@ def again(source: Source, how: Decoding, tally: Tally) -> Iterator[Pixels]:
     good = Source(source.path, names, source.read)
     for _, pixels in decoded(good, Decoding(tally.channels == 1, how.size, how.crop), None):
         yield pixels
+
+
+def describe_latents(path: Path) -> tuple[LatentSet, Bad]:
+    """The set that training would see, and what is bad in it. Latents are read once, or not at all if they were."""
+    found, files = open_latents(path, skip_bad=True), latent_files(path)
+    return found, kept(path, "latents True", lambda: survey_of(files, True, WORKERS)).bad
 
 
 def described(source: Source, tally: Tally, fingerprint: str | None, bad: Bad) -> Description:

@@ -14,15 +14,27 @@ import torch
 from torch import Tensor
 
 from onejump.data.image_set import Step, epoch_order
+from onejump.data.source import DiskError
 from onejump.types import UserError
 
 WORKERS = min(8, os.cpu_count() or 1)
 
-Make = Callable[[int], np.ndarray]  # sample i; UserError if it is damaged, DiskError if it cannot be got at
+SHARE, SHARE_BYTES = 128, 2**20  # samples that a thread makes at once, at most: small ones are faster together
+
+Sample = np.ndarray | UserError  # or why it cannot be had: DiskError if it may be good, but cannot be got at
+Make = Callable[[list[int]], list[Sample]]  # the samples with these numbers
 
 
-class DiskError(UserError):
-    """The file may be good, but the disk or the network it lies on cannot be read: nothing to skip."""
+def one_by_one(make: Callable[[int], np.ndarray]) -> Make:
+    """Of samples that are no faster together."""
+
+    def made(i: int) -> Sample:
+        try:
+            return make(i)
+        except UserError as error:
+            return error
+
+    return lambda numbers: [made(i) for i in numbers]
 
 
 def tell(text: str) -> None:
@@ -99,36 +111,40 @@ class Feeder:
     def _gather(self, index: list[int], others: Callable[[int], Iterator[int]], pin: bool) -> "Batch":
         """others(k): what may take the place of sample k."""
         out = torch.empty((len(index), *self.shape), dtype=self._torch_dtype, pin_memory=pin)
-        rows, numbers, share = out.numpy(), list(index), len(index) // (2 * self.workers) + 1
+        rows, numbers, share = out.numpy(), list(index), self._share(len(index), out[:1].nbytes)
 
         def fill(first: int) -> None:
-            for k in range(first, min(first + share, len(index))):
-                numbers[k], rows[k] = self._good(index[k], partial(others, k))
+            for k, sample in enumerate(self._made(index[first : first + share]), first):
+                numbers[k], rows[k] = (index[k], sample) if sample is not None else self._next(others(k))
 
         return Batch(out, numbers, [self._threads.submit(fill, first) for first in range(0, len(index), share)])
 
-    def _good(self, i: int, others: Callable[[], Iterator[int]]) -> tuple[int, np.ndarray]:
-        sample = self._made(i)
-        candidates = others() if sample is None else iter(())
-        while sample is None:
-            if (i := next(candidates, -1)) < 0:
-                raise UserError(f"{self.name}: none of {self.n} can be read")
-            sample = self._made(i)
-        return i, sample
+    def _share(self, n: int, size: int) -> int:
+        """How many samples of so many bytes a thread makes of n: as many as leave work for every thread."""
+        together = min(SHARE, SHARE_BYTES // max(size, 1), n * (self.ahead + 1) // self.workers)
+        return max(together, n // (2 * self.workers) + 1)
 
-    def _made(self, i: int) -> np.ndarray | None:
-        """None for a damaged one that is to be skipped."""
-        if i in self.bad:
-            return None
-        try:
-            return self.make(i)
-        except DiskError:
-            raise
-        except UserError as error:
-            if not self.skip_bad:
-                raise
-            self._note(i, str(error))
-            return None
+    def _next(self, candidates: Iterator[int]) -> tuple[int, np.ndarray]:
+        """The first that can be made, and its number."""
+        for i in candidates:
+            sample = self._made([i])[0]
+            if sample is not None:
+                return i, sample
+        raise UserError(f"{self.name}: none of {self.n} can be read")
+
+    def _made(self, numbers: list[int]) -> list[np.ndarray | None]:
+        """The samples, None for a damaged one that is to be skipped."""
+        known = self.bad.keys() & set(numbers)
+        made = iter(self.make([i for i in numbers if i not in known]))
+        return [None if i in known else self._checked(i, next(made)) for i in numbers]
+
+    def _checked(self, i: int, sample: Sample) -> np.ndarray | None:
+        if not isinstance(sample, UserError):
+            return sample
+        if isinstance(sample, DiskError) or not self.skip_bad:
+            raise sample
+        self._note(i, str(sample))
+        return None
 
     def _note(self, i: int, why: str) -> None:
         with self._lock:

@@ -5,10 +5,10 @@ import stat
 import struct
 import sys
 import zlib
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
-from onejump.data.layout import source_of
+from onejump.data.layout import parts_of, source_of
 from onejump.data.source import MAX_ENTRY, Bad, Source, line, shown
 from onejump.types import UserError
 
@@ -25,18 +25,23 @@ def folder_source(path: Path, bad: Bad | None = None) -> Source:
             subfolders.clear()
             continue
         seen.add(real)
-        below = Path(folder).relative_to(path)
-        names += [(below / file).as_posix() for file in files]
+        below = Path(folder).relative_to(path).as_posix()
+        names += files if below == "." else [f"{below}/{file}" for file in files]
 
     def read(name: str) -> bytes:
-        file = path / name
-        found = file.stat()
-        if not stat.S_ISREG(found.st_mode):  # a pipe would wait for ever
-            raise UserError(f"{shown(name)} in {path} is no plain file: replace or remove it")
-        check_size(found.st_size, name, path)
-        return file.read_bytes()
+        with open(f"{path}/{name}", "rb", buffering=0, opener=_at_once) as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise UserError(f"{shown(name)} in {path} is no plain file: replace or remove it")
+            check_size(found.st_size, name, path)
+            return file.read()
 
     return source_of(path, names, read, bad)
+
+
+def _at_once(file: str, flags: int) -> int:
+    """A pipe would wait for ever to be opened."""
+    return os.open(file, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def zip_source(path: Path, bad: Bad | None = None) -> Source:
@@ -47,8 +52,9 @@ def zip_source(path: Path, bad: Bad | None = None) -> Source:
     except Exception as error:  # damaged lists of entries raise almost anything
         raise UserError(f"{path} is a damaged zip file ({line(error)}): download or copy it again") from error
     for info in infos:
-        entry = PurePosixPath(info.filename.replace("\\", "/"))
-        if entry.is_absolute() or ".." in entry.parts or ":" in "".join(entry.parts[:1]):
+        entry = info.filename.replace("\\", "/")
+        parts = parts_of(entry)
+        if entry.startswith("/") or ".." in parts or ":" in "".join(parts[:1]):
             told = f"entry {shown(info.filename)!r} points outside the zip"
             raise UserError(f"{path}: {told}; pack it again with relative names")
 

@@ -16,7 +16,7 @@ SHARE_OF_DEVICE = 0.25  # of a GPU's free memory: a set that takes more stays be
 
 def from_uint8(images: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Bytes 0..255 to float32 in [-1, 1]: x = v / 127.5 - 1."""
-    return images.float() / 127.5 - 1
+    return images.float().div_(127.5).sub_(1)
 
 
 def to_uint8(x: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
@@ -40,8 +40,8 @@ def epoch_order(n: int, seed: int, epoch: int) -> tuple[Int64[Tensor, " n"], Boo
 class Step:
     """What one process sees at one step, of a set of n images.
 
-    Images are counted over the whole run: number step * batch * world + rank * batch + i belongs to epoch
-    number // n. So the images of a step depend on batch * world only, and a batch may straddle two epochs.
+    Images are counted over the whole run: number (step * batch + i) * world + rank belongs to epoch number // n. So
+    the images of a step depend on batch * world only, and a batch may straddle two epochs.
     """
 
     n: int
@@ -54,8 +54,7 @@ class Step:
     @property
     def places(self) -> tuple[Int64[Tensor, " b"], Int64[Tensor, " b"]]:
         """(epoch, place in its order) of each image."""
-        first = (self.step * self.world + self.rank) * self.batch
-        numbers = torch.arange(first, first + self.batch)
+        numbers = (self.step * self.batch + torch.arange(self.batch)) * self.world + self.rank
         return numbers // self.n, numbers % self.n
 
     @property

@@ -11,7 +11,7 @@ import numpy as np
 from onejump.data.arrays import MAX_HEADER
 from onejump.data.feeder import DiskError
 from onejump.data.layout import LABELS, labelled_by_file, labelled_by_folders
-from onejump.data.source import SUFFIXES, Source, line, numbered, shown, telling
+from onejump.data.source import MAX_LABEL, SUFFIXES, Source, line, numbered, shown, telling
 from onejump.types import UserError
 
 MOMENTS = "mean-std"  # in the names of files with twice the channels: means, then deviations (EDM2's)
@@ -31,13 +31,19 @@ class LatentFiles:
 
 
 def is_latents(path: Path) -> bool:
-    """Whether a file holds an array of floats with four axes, or a folder or zip .npy files and no images."""
+    """Whether a file holds an array of floats with four axes, or a folder or zip .npy files and no images.
+
+    Not a folder with images.npy, which is an array of images with its labels beside it. Raises UserError for a zip
+    that is damaged.
+    """
     if path.suffix.lower() == ".npy" and path.is_file():
         try:
             array = _mapped(path)
         except UserError:
             return False
         return array.dtype.kind == "f" and array.ndim == 4
+    if (path / "images.npy").is_file():
+        return False
     names = _names(path)
     return any(name.endswith(".npy") for name in names) and not any(n.lower().endswith(SUFFIXES) for n in names)
 
@@ -55,8 +61,16 @@ def _names(path: Path) -> list[str]:
     if path.is_dir():
         names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
     elif path.is_file() and path.suffix.lower() != ".npz" and is_zipfile(path):
-        names = [info.filename for info in ZipFile(path).infolist() if not info.is_dir()]
+        names = _entries(path)
     return sorted(name for name in names if not any(part.startswith((".", "__MACOSX")) for part in name.split("/")))
+
+
+def _entries(path: Path) -> list[str]:
+    try:
+        with ZipFile(path) as archive:
+            return [info.filename for info in archive.infolist() if not info.is_dir()]
+    except Exception as error:  # damaged lists of entries raise almost anything
+        raise UserError(f"{path} is a damaged zip file ({line(error)}): download or copy it again") from error
 
 
 def _of_files(path: Path) -> LatentFiles:
@@ -119,8 +133,10 @@ def _of_array(path: Path) -> LatentFiles:
     file, labels = path.with_name(f"{stem}_labels.npy"), None
     if file.exists():
         found = _mapped(file)
-        if found.dtype.kind not in "iu" or found.shape != (len(array),) or found.min() < 0:
-            raise UserError(f"{file}: classes from 0 on, one for each of the {len(array)} latents, are needed")
+        whole = found.dtype.kind in "iu" and found.shape == (len(array),)
+        if not whole or found.min() < 0 or found.max() >= MAX_LABEL:
+            told = f"a class from 0 to {MAX_LABEL - 1:,} for each of the {len(array)} latents is needed"
+            raise UserError(f"{file}: {told}, as whole numbers [n]")
         labels = tuple(found.tolist())
     names = [f"latent {i}" for i in range(len(array))]
     class_names = () if labels is None else numbered(labels)

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from onejump.data.arrays import name_of
-from onejump.data.feeder import WORKERS, Feeder, tell
+from onejump.data.feeder import WORKERS, Feeder, one_by_one, tell
 from onejump.data.image_set import Step
 from onejump.data.latent_files import LatentFiles, latent_files
 from onejump.data.source import shown
@@ -20,6 +20,7 @@ from onejump.data.survey import Survey, kept, looked_at
 from onejump.types import UserError
 
 SIGMA_DATA = 0.5  # the deviation that training expects of x0
+NOTHING = 1e-12  # of the square of a mean: a variance that rounding alone leaves where all numbers are equal
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ EDM2_SCALING = LatentScaling((5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)
 @dataclass(frozen=True, eq=False)
 class LatentSet:
     """Latents on a disk, read as training asks for them. `moments`: they hold a mean and a deviation for each number,
-    and every step draws z = mean + deviation * eps afresh from (seed, step, rank)."""
+    and every step draws z = mean + deviation * eps afresh from (seed, step)."""
 
     name: str
     feeder: Feeder
@@ -89,9 +90,10 @@ class LatentSet:
         stored = stored.to(device, non_blocking=True)
         if self.moments:
             mean, std = stored.chunk(2, dim=1)
-            digest = sha256(f"noise of the latents, seed {seed}, step {step}, rank {rank}".encode()).digest()
+            digest = sha256(f"noise of the latents, seed {seed}, step {step}".encode()).digest()
             generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            stored = mean + std * torch.randn(mean.shape, generator=generator, device=device)
+            whole = torch.randn(batch * world, *mean.shape[1:], generator=generator, device=device)
+            stored = mean + std * whole[rank::world]
         labels = None if self.labels is None else self.labels[index].to(device)
         return self.scaling(stored), labels
 
@@ -128,11 +130,14 @@ def open_latents(
         n=len(rows),
         shape=survey.shape,
         dtype=np.float32,
-        make=lambda k: checked(files, rows[k], survey.shape),
+        make=one_by_one(lambda k: checked(files, rows[k], survey.shape)),
         skip_bad=skip_bad,
         workers=workers,
     )
     labels = None if files.labels is None else torch.tensor(files.labels)[rows]
+    if scaling is None and not min(survey.std) > 0:
+        k = survey.std.index(min(survey.std))
+        raise UserError(f"{path}: channel {k} is {survey.mean[k]:g} throughout, and cannot be scaled; leave it out")
     scaling = scaling or LatentScaling(survey.mean, survey.std)
     fingerprint = sha256(f"{survey.fingerprint} {files.moments} {scaling}".encode()).hexdigest()
     about = (fingerprint, labels, files.class_names)
@@ -212,5 +217,6 @@ class Sums:
 
     def moments(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         mean = self.first / self.n
-        std = np.sqrt(self.second / self.n - mean**2)
+        variance = self.second / self.n - mean**2
+        std = np.sqrt(np.where(variance > NOTHING * mean**2, variance, 0))
         return tuple(mean.tolist()), tuple(std.tolist())

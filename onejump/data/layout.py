@@ -3,23 +3,31 @@
 import json
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from json import JSONDecodeError
+from pathlib import Path
 from typing import Any
 
-from onejump.data.source import SUFFIXES, Bad, Source, label_of, leave_out, line, numbered, shown, telling
+from onejump.data.feeder import tell
+from onejump.data.source import SUFFIXES, Bad, Source, label_of, leave_out, numbered, shown, telling
 from onejump.types import UserError
 
 LABELS = "dataset.json"
+EXPECTED = 'expected is {"labels": [["file.png", 0], ...]} or {"labels": null}'
 
 Parts = tuple[str, ...]
 
 
+def parts_of(name: str) -> Parts:
+    """The folders and the file that a relative name goes through."""
+    return tuple([part for part in name.split("/") if part not in ("", ".")])
+
+
 def source_of(path: Path, files: list[str], read: Callable[[str], bytes], bad: Bad | None) -> Source:
     """Keeps images and the label file, drops hidden files, and looks through a single folder around everything."""
-    times = Counter(PurePosixPath(file).parts for file in files)
-    file_of: dict[Parts, str] = {PurePosixPath(file).parts: file for file in files}
-    parts = [p for p in file_of if p and not any(part.startswith((".", "__MACOSX")) for part in p)]
-    parts = [p for p in parts if p[-1].lower().endswith(SUFFIXES) or p[-1] == LABELS]
+    split = [parts_of(file) for file in files]
+    times, file_of = Counter(split), dict(zip(split, files, strict=True))
+    parts = [p for p in file_of if p and (p[-1].lower().endswith(SUFFIXES) or p[-1] == LABELS)]
+    parts = [p for p in parts if not any([part.startswith((".", "__MACOSX")) for part in p])]
     depth = 0
     while parts and all(len(p) > depth + 1 and p[depth] == parts[0][depth] for p in parts):
         depth += 1
@@ -65,6 +73,9 @@ def labelled_by_file(source: Source, bad: Bad | None) -> Source:
         if type(known) is not type(label) or known != label:
             told = f"{shown(file)} is labelled {shown(str(known)[:40])} and {shown(str(label)[:40])}"
             twice[file] = UserError(f"{where}: {told}; leave one")
+    gone = sorted(label_of_file.keys() - {*source.names, *(bad or ())})
+    if gone:
+        tell(f"{where}: {len(gone):,} of its labels are of images that are not there, e.g. {shown(gone[0])}")
     missing = [name for name in source.names if name not in label_of_file]
     if missing and bad is None:
         example = f"{len(missing)} of {len(source.names)} images, e.g. {shown(missing[0])}"
@@ -88,11 +99,18 @@ def _content(source: Source, where: str) -> tuple[list[tuple[str, Any]] | None, 
     """The pairs of file and label, and the names of the classes, () if there are none ("class_names" is ours)."""
     try:
         content = json.loads(source.read(LABELS))
-        pairs = content["labels"]
-        names = tuple(map(str, content.get("class_names") or ()))
-        return None if pairs is None else [(str(file).replace("\\", "/"), label) for file, label in pairs], names
     except UserError:
         raise
-    except (Exception, RecursionError) as error:
-        expected = '{"labels": [["file.png", 0], ...]} or {"labels": null}'
-        raise UserError(f"{where}: expected {expected} ({line(error)})") from error
+    except (ValueError, RecursionError) as error:
+        place = f" from line {error.lineno}, column {error.colno} on" if isinstance(error, JSONDecodeError) else ""
+        raise UserError(f"{where}: no JSON{place}; {EXPECTED}") from error
+    if not isinstance(content, dict) or "labels" not in content:
+        raise UserError(f'{where}: it has no "labels"; {EXPECTED}')
+    pairs, names = content["labels"], content.get("class_names") or []
+    if not isinstance(pairs, list | None) or not isinstance(names, list):
+        raise UserError(f'{where}: its "labels" or "class_names" are no list; {EXPECTED}')
+    for k, pair in enumerate(pairs or ()):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise UserError(f"{where}: label {k} is {shown(json.dumps(pair)[:40])}; {EXPECTED}")
+    known = tuple(map(str, names))
+    return None if pairs is None else [(str(file).replace("\\", "/"), label) for file, label in pairs], known

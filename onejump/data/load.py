@@ -12,14 +12,14 @@ import torch
 from jaxtyping import UInt8
 
 from onejump.data.arrays import fitted, name_of
-from onejump.data.decode import Crop, Decoding, decode
+from onejump.data.decode import Crop, Decoding, decode_all
 from onejump.data.image_set import ImageSet
 from onejump.data.png import write_png
 from onejump.data.source import SUFFIXES, Bad, Source, leave_out, shown
 from onejump.data.sources import open_source
 from onejump.types import UserError
 
-CHUNK = 64  # images a thread decodes at once
+CHUNK, CHUNK_BYTES = 256, 2**22  # images, and bytes of pixels, that a thread decodes at once
 AHEAD = 3  # chunks a thread that are decoded before they are asked for
 MAX_THREADS = 16
 
@@ -70,30 +70,26 @@ def load_set(path: str | Path, how: Decoding, bad: Bad | None = None) -> ImageSe
 def decoded(source: Source, how: Decoding, bad: Bad | None, threads: int | None = None) -> Iterator[tuple[int, Pixels]]:
     """(place in the set's order, pixels) of every image that can be read, in that order, decoded ahead by threads."""
     threads = threads or min(os.cpu_count() or 1, MAX_THREADS)
-
-    def some(first: int) -> list[Pixels | UserError]:
-        found: list[Pixels | UserError] = []
-        for name in source.names[first : first + CHUNK]:
-            try:
-                found.append(decode(source.read(name), how, f"{shown(name)} in {source.path}"))
-            except UserError as error:
-                found.append(error)
-                if bad is None:
-                    break
-        return found
-
+    n, chunk = len(source.names), chunk_of(source, how, threads)
     waiting: deque[Future[list[Pixels | UserError]]] = deque()
-    starts = iter(range(0, len(source.names), CHUNK))
+    starts = iter(range(0, n, chunk))
     with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
         warnings.filterwarnings("ignore", module="PIL")  # what matters of it is an error here
-        for first in range(0, len(source.names), CHUNK):
+        for first in range(0, n, chunk):
             while len(waiting) < AHEAD * threads and (start := next(starts, None)) is not None:
-                waiting.append(pool.submit(some, start))
+                waiting.append(pool.submit(decode_all, source, source.names[start : start + chunk], how))
             for place, pixels in enumerate(waiting.popleft().result(), first):
                 if isinstance(pixels, UserError):
                     leave_out(bad, source.names[place], pixels)
                 else:
                     yield place, pixels
+
+
+def chunk_of(source: Source, how: Decoding, threads: int) -> int:
+    """How many images a thread decodes at once: many small ones are faster together, large ones would fill memory."""
+    first = decode_all(source, source.names[:1], how)
+    pixels = next((image.size for image in first if not isinstance(image, UserError)), CHUNK_BYTES // 16)
+    return max(1, min(CHUNK, CHUNK_BYTES // pixels, -(-len(source.names) // threads)))
 
 
 def gathered(source: Source, how: Decoding, bad: Bad | None = None) -> ImageSet:

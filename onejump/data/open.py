@@ -1,7 +1,10 @@
 """A set for training, from whatever is at a path: in memory where it fits, else streamed; or latents."""
 
+import math
 import os
 from pathlib import Path
+
+from PIL import Image
 
 from onejump.data.arrays import fitted
 from onejump.data.decode import Crop, Decoding, decode
@@ -10,9 +13,11 @@ from onejump.data.image_set import ImageSet
 from onejump.data.latent_files import is_latents
 from onejump.data.latents import LatentScaling, open_latents
 from onejump.data.load import check_any, gathered
+from onejump.data.shards import refuse_glob
 from onejump.data.source import Bad, Source, shown
 from onejump.data.sources import open_source
 from onejump.data.stream import streamed
+from onejump.data.text_set import is_text_set, open_text_set
 from onejump.data.training_set import TrainingSet
 from onejump.types import UserError
 
@@ -33,9 +38,14 @@ def open_training_set(
 
     Decoded into memory (`ImageSet`) if that takes a quarter of the free memory at most, else decoded while training
     (`StreamedSet`): the same images in the same order, and the same fingerprint. `stream` decides instead, if given.
-    .npy files of floats are latents (`LatentSet`), which `scaling` brings to what training expects.
+    .npy files of floats are latents (`LatentSet`), which `scaling` brings to what training expects; with captions, a
+    folder that `prepare_text` made (`TextSet`).
     """
+    check_side(size)
     path, how = Path(path).expanduser(), Decoding(None, size, crop)
+    refuse_glob(path)
+    if is_text_set(path):
+        return open_text_set(path)
     if is_latents(path):
         return open_latents(path, scaling, bad is not None, cache=cache)
     source = open_source(path, bad)
@@ -49,6 +59,13 @@ def open_training_set(
             share = f"more than a quarter of the {free / GB:.1f} GB that are free"
             tell(f"{path}: {need / GB:.1f} GB of images, {share}: decoded while training")
     return streamed(source, how, bad, cache=cache) if stream else gathered(source, how, bad)
+
+
+def check_side(size: int | None) -> None:
+    """Raises UserError for a side that makes images of more pixels than one that is read may have."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if size is not None and limit is not None and size**2 > limit:
+        raise UserError(f"--size {size}: an image may have {limit:,} pixels, so {math.isqrt(limit):,} at most")
 
 
 def bytes_of(source: Source, how: Decoding) -> int:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -12,13 +13,14 @@ from zipfile import ZIP_STORED, ZipFile, ZipInfo
 import numpy as np
 
 from onejump.data.decode import Decoding
+from onejump.data.latent_files import is_latents
 from onejump.data.load import Pixels, as_source, check_any, check_enough, decoded, extent
 from onejump.data.png import read_png, write_png
 from onejump.data.source import Bad, Source, leave_out, numbered, shown
 from onejump.types import UserError
 
 PART = 500  # images of a part; finished parts are kept if the work is interrupted
-VERSION = 1  # of what parts hold
+VERSION = 2  # of what parts hold
 
 Progress = Callable[[int, int], None]
 
@@ -56,8 +58,10 @@ def prepare(
 
     00000/img00000000.png, ... in the source's order, each an uncompressed PNG, all grey or all RGB, and dataset.json.
     Finished parts lie in OUT.parts meanwhile: the same call again goes on from them. Raises UserError for bad images
-    (with `skip_bad` they are left out and told of) and if `out` is there already.
+    (with `skip_bad` they are left out and told of), for latents, and if `out` is there already.
     """
+    if is_latents(Path(path).expanduser()):
+        raise UserError(f"{path}: latents, not images: train on them as they are, there is nothing to prepare")
     if out.exists():
         raise UserError(f"{out} is there already: remove it, or name another file")
     if workers is not None and workers < 1:
@@ -75,10 +79,10 @@ def prepare(
 
 
 def _parts_folder(out: Path, source: Source, how: Decoding, skip_bad: bool) -> Path:
-    """Finished parts of another job (other images, labels or options) are thrown away."""
+    """Finished parts of another job (other images, labels or options, or files that changed) are thrown away."""
     parts = out.with_name(f"{out.name}.parts")
-    what = json.dumps([VERSION, PART, asdict(how), skip_bad, str(source.path.absolute()), source.names, source.labels])
-    job = sha256(what.encode()).hexdigest()
+    images = [str(source.path.absolute()), source.names, source.labels, _state(source)]
+    job = sha256(json.dumps([VERSION, PART, asdict(how), skip_bad, *images]).encode()).hexdigest()
     if parts.exists() and not (parts / "job").exists():
         raise UserError(f"{parts} is in the way, and not from an earlier run: move it, or name another file")
     if parts.exists() and (parts / "job").read_text() != job:
@@ -86,6 +90,16 @@ def _parts_folder(out: Path, source: Source, how: Decoding, skip_bad: bool) -> P
     parts.mkdir(parents=True, exist_ok=True)
     (parts / "job").write_text(job)
     return parts
+
+
+def _state(source: Source) -> str:
+    """Of sizes and times of change: of the one file of the set, or of its images where they lie in a folder."""
+    path, digest = source.path, sha256()
+    for file in (path / name for name in source.names) if path.is_dir() else (path,):
+        with suppress(OSError):  # no file of its own: told when it is read
+            found = file.stat()
+            digest.update(f"{found.st_size} {found.st_mtime_ns} ".encode())
+    return digest.hexdigest()
 
 
 def _decode_parts(

@@ -20,9 +20,11 @@ LABEL_KEYS = ("label", "cls")  # of a .json
 NO_LABEL, BAD_LABEL = -1, -2
 MAX_TEXT = 2**20  # bytes of a label or a caption
 FORGET = 1000  # members after which tarfile's own list of them is emptied
-VERSION = 1  # of the kept index
+VERSION = 2  # of the kept index
 COLUMNS = ("shard", "start", "size", "label", "text_start", "text_size", "in_json")
 ROW = np.dtype([(name, "<i8") for name in COLUMNS])
+
+BLOCK, CHUNK = 512, 2**20  # bytes of a header, and read at once
 
 Place = tuple[int, int]  # first byte and number of bytes
 
@@ -96,7 +98,7 @@ def _build(shards: list[Path]) -> Index:
         name = Path(os.path.relpath(shard.absolute(), common)).with_suffix("").as_posix()
         samples: dict[str, dict[str, Place]] = {}
         twice: dict[str, str] = {}
-        for member, place in _members(shard, name, problems):
+        for member, place in _members(shard, name + shard.suffix, problems):
             key, kind = _split(member)
             kinds = samples.setdefault(key, {}) if kind in (*SUFFIXES, *BESIDE) else {}
             if kind in kinds or (kind in SUFFIXES and any(suffix in kinds for suffix in SUFFIXES)):
@@ -120,8 +122,8 @@ def _split(member: str) -> tuple[str, str]:
 
 
 def _members(shard: Path, name: str, problems: dict[str, str]) -> Iterator[tuple[str, Place]]:
-    """Names and places of the plain files of a tar."""
-    end = 0
+    """Names and places of the plain files of a tar, without one whose end is not there any more."""
+    end, whole = 0, shard.stat().st_size
     try:
         with tarfile.open(shard, "r:") as archive:
             for count, member in enumerate(archive):
@@ -129,18 +131,37 @@ def _members(shard: Path, name: str, problems: dict[str, str]) -> Iterator[tuple
                 if entry.is_absolute() or ".." in entry.parts:
                     told = f"entry {shown(member.name)!r} points outside"
                     raise UserError(f"{shard}: {told}; pack it with relative names")
-                if member.isreg() and not member.issparse() and not entry.name.startswith("."):
+                plain = member.isreg() and not member.issparse() and not entry.name.startswith(".")
+                if plain and member.offset_data + member.size <= whole:
                     yield entry.as_posix(), (member.offset_data, member.size)
                 if count % FORGET == 0:
                     archive.members.clear()  # type: ignore[attr-defined]
             end = archive.offset
-        if any(read_at(shard, end, min(512, shard.stat().st_size - end))):  # tarfile takes a broken header for the end
-            problems[name] = f"is damaged at byte {end:,}, and ends there: download or copy it again"
+        if wrong := _wrong_with_end(shard, end):
+            problems[name] = f"{wrong}: download or copy it again"
     except UserError:
         raise
     except Exception as error:
         packed = " (if it is compressed, unpack it to .tar first)" if not end else ""
         problems[name] = f"is a damaged tar file ({line(error)}): download or copy it again{packed}"
+
+
+def _wrong_with_end(shard: Path, end: int) -> str:
+    """What `tarfile` lets pass: it takes a broken or empty header, and the end of a file that was cut, for the end.
+
+    A whole tar ends with two blocks of zeros (one will do here), and holds nothing but zeros from there on.
+    """
+    with open(shard, "rb", buffering=0) as stream:
+        stream.seek(end)
+        block = stream.read(BLOCK)
+        if len(block) < BLOCK:
+            return f"is cut off at byte {end:,}, where its mark of the end, or more images, would be"
+        if any(block):
+            return f"is damaged at byte {end:,}, and ends there"
+        while chunk := stream.read(CHUNK):
+            if chunk.strip(b"\0"):
+                return f"is damaged at byte {end:,}: a header is empty, and more follows it"
+    return ""
 
 
 def _beside(shard: Path, kinds: dict[str, Place], name: str, problems: dict[str, str]) -> tuple[int, ...]:

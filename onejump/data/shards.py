@@ -34,6 +34,13 @@ def expanded(pattern: str) -> list[str]:
     return ["".join(chosen) for chosen in product(*choices)]
 
 
+def refuse_glob(path: Path) -> None:
+    """A shell's pattern would hide that a shard is missing; ours says which ones there must be."""
+    if any(mark in path.name for mark in "*?[") and not path.exists():
+        way_out = "of shards, give their folder, or count them in quotes: 'NAME-{000..002}.tar'"
+        raise UserError(f"{path}: no such folder or file; {way_out}")
+
+
 def _choices(pattern: str, piece: str) -> list[str]:
     counted = re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", piece)
     if counted is None:

@@ -14,6 +14,10 @@ MAX_LABEL = 1_000_000
 Bad = dict[str, str]  # the name of what is left out -> the line that says why
 
 
+class DiskError(UserError):
+    """The file may be good, but the disk or the network it lies on cannot be read: nothing to skip."""
+
+
 @dataclass(frozen=True)
 class Source:
     """Encoded images somewhere. `read` is thread-safe and raises UserError for whatever it cannot read."""
@@ -54,7 +58,7 @@ def telling(read: Callable[[str], bytes], path: Path) -> Callable[[str], bytes]:
             raise
         except Exception as error:  # damaged archives raise almost anything
             why = f"{shown(name)} in {path} cannot be read ({line(error)}): replace or remove it"
-            raise UserError(why) from error
+            raise (DiskError if isinstance(error, OSError) else UserError)(why) from error
 
     return told
 

@@ -12,8 +12,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from onejump.data.arrays import name_of
-from onejump.data.decode import Decoding, decode
-from onejump.data.feeder import WORKERS, DiskError, Feeder, tell
+from onejump.data.decode import Decoding, decode_all
+from onejump.data.feeder import WORKERS, Feeder, Sample, tell
 from onejump.data.image_set import Step, from_uint8, mirrored
 from onejump.data.load import check_any, check_enough, decoded, other_size
 from onejump.data.source import Bad, Source, leave_out, shown
@@ -92,7 +92,7 @@ def streamed(
         n=len(good.names),
         shape=survey.shape,
         dtype=np.uint8,
-        make=partial(_image, good, replace(how, grey=survey.shape[0] == 1), survey.shape),
+        make=partial(_images, good, replace(how, grey=survey.shape[0] == 1), survey.shape),
         skip_bad=bad is not None,
         workers=workers,
     )
@@ -107,19 +107,17 @@ def without(source: Source, bad: Bad) -> Source:
     return replace(source, names=[source.names[i] for i in rows], labels=labels)
 
 
-def _image(source: Source, how: Decoding, shape: tuple[int, ...], k: int) -> np.ndarray:
-    """Image k, uint8 [c, h, w]."""
-    name, where = source.names[k], f"{shown(source.names[k])} in {source.path}"
-    try:
-        data = source.read(name)
-    except UserError as error:
-        if isinstance(error.__cause__, OSError):
-            raise DiskError(str(error)) from error
-        raise
-    pixels = decode(data, how, where)
-    if pixels.shape != shape:
-        raise UserError(f"{where} is no longer the image it was: bring it back, or remove it")
-    return pixels
+def _images(source: Source, how: Decoding, shape: tuple[int, ...], numbers: list[int]) -> list[Sample]:
+    """The images with these numbers, uint8 [c, h, w]."""
+    names = [source.names[k] for k in numbers]
+    return [
+        image if isinstance(image, UserError) or image.shape == shape else changed(source, name)
+        for name, image in zip(names, decode_all(source, names, how), strict=True)
+    ]
+
+
+def changed(source: Source, name: str) -> UserError:
+    return UserError(f"{shown(name)} in {source.path} is no longer the image it was: bring it back, or remove it")
 
 
 # ------------------------------------------------------------------------------------------------------------ survey

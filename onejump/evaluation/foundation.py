@@ -99,8 +99,9 @@ def _dinov2(folder: Path, content: str, side: int, device: torch.device) -> Any:
             network = Dinov2Model.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, attn_implementation="eager"
             )
-            embeddings = network.embeddings
-            positions = published_positions(embeddings.position_embeddings.detach(), side // network.config.patch_size)
+            embeddings, patch = network.embeddings, network.config.patch_size
+            assert isinstance(patch, int), patch
+            positions = published_positions(embeddings.position_embeddings.detach(), side // patch)
             embeddings.position_embeddings = nn.Parameter(positions)
             return network.eval().requires_grad_(False).to(device)
     except Exception as error:  # a damaged folder can raise anything

@@ -3,6 +3,7 @@
 Frechet distances are in `statistics`, precision and recall in `manifold`.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -86,11 +87,19 @@ def nearest_neighbours(
     own: for samples that are training images themselves, their places among them, which are left out.
     Distance: root mean square over the pixels, in units of [-1, 1] (0 for a copy, 2 for black against white).
     """
+    return nearest_in_chunks(samples, training.split(ROWS), own)
+
+
+def nearest_in_chunks(
+    samples: Images, chunks: Iterable[UInt8[Tensor, "_ c h w"]], own: Int64[Tensor, " n"] | None = None
+) -> tuple[Int64[Tensor, " n"], Float64[Tensor, " n"]]:
+    """The same from training images that come a few at a time, in their order."""
     x = samples.cpu().flatten(1).double()
     best = torch.full((len(x),), torch.inf, dtype=torch.float64)
     index = torch.zeros(len(x), dtype=torch.int64)
-    for start in range(0, len(training), ROWS):
-        y = training[start : start + ROWS].cpu().flatten(1).double()
+    start = 0
+    for chunk in chunks:
+        y = chunk.cpu().flatten(1).double()
         for i in range(0, len(x), ROWS):
             rows = slice(i, i + ROWS)
             # bytes are whole numbers, so this is exact in float64: a copy is at distance 0
@@ -103,6 +112,7 @@ def nearest_neighbours(
             closer = value < best[rows]
             best[rows] = torch.where(closer, value, best[rows])
             index[rows] = torch.where(closer, place + start, index[rows])
+        start += len(y)
     return index, (best / x.shape[1]).sqrt() / 127.5
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from onejump.checkpoint import file_sha256
 from onejump.config_json import from_json
+from onejump.data.text_parts import is_stable_diffusion
 from onejump.importers.diffusers_scheduler import Schedule, read_json, read_schedule
 from onejump.importers.imported import Imported, Made, first, fitting, numbered, placed, precision, shape_of
 from onejump.importers.published import second_time
@@ -82,7 +83,12 @@ def _located(path: Path) -> tuple[Path, Path]:
     if (folder / INDEX).is_file():
         pipeline = read_json(folder / INDEX).get("_class_name")
         if pipeline not in (PIPELINE, OUR_PIPELINE):
-            raise UserError(f"{folder}: {pipeline}; {PIPELINE} is read, that of consistency models in pixels")
+            hint = (
+                "; Stable Diffusion needs no import, name its folder with --teacher"
+                if is_stable_diffusion(folder)
+                else ""
+            )
+            raise UserError(f"{folder}: {pipeline}; {PIPELINE} is read, that of consistency models in pixels{hint}")
         return folder, folder / "unet"
     if (folder / CONFIG).is_file():
         return folder.absolute().parent, folder

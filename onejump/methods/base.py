@@ -1,17 +1,22 @@
 """What every method shares: the networks it is handed, the diffused sample, and the pair student / target."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from onejump.model import ConsistencyModel, per_sample
+from onejump import draws
+from onejump.model import ConsistencyModel, beside, per_sample
+from onejump.optim import Optimizer
+from onejump.solvers import Solver, denoiser
 from onejump.types import Cond, DropoutKey, Samples, Times, UserError
 
-Stats = dict[str, Tensor]  # one number a sample: "t", and "distance" before the weight
+Stats = dict[str, Tensor]  # one number a sample: "t", on the CPU, and "distance" before the weight
 
 
 Target = Callable[..., Samples]  # f^-, called as a model is; TCM's also takes the flag of the rows below t'
@@ -30,10 +35,11 @@ class Average:
 
 @dataclass(frozen=True)
 class Critic:
-    """The discriminator of a GAN term, with an optimiser of its own. At steps where turn(step), it alone is trained."""
+    """The discriminator of a GAN term, its own optimiser and rate. Where turn(step), it alone is trained."""
 
     net: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
+    rate: float
     turn: Callable[[int], bool]
 
 
@@ -41,7 +47,8 @@ class Critic:
 class Nets:
     """student: trained. target: f^-, whose weights get no gradient. teacher: the diffusion model, in eval mode.
 
-    frozen: what the target is made of besides the student and its average.
+    frozen: what the target is made of besides the student and its average. solver: of the teacher's ODE, where a method
+    that can do without takes x_r from a teacher.
     """
 
     student: ConsistencyModel
@@ -50,6 +57,7 @@ class Nets:
     teacher: ConsistencyModel | None = None
     average: Average | None = None
     critic: Critic | None = None
+    solver: Solver | None = None
 
 
 @runtime_checkable
@@ -76,6 +84,16 @@ def diffuse(x0: Samples, eps: Samples, t: Times) -> Samples:
     return x0 + per_sample(t, x0) * eps
 
 
+def two_samples(nets: Nets, x0: Samples, t: Times, r: Times, cond: Cond) -> tuple[Samples, Samples]:
+    """x_t, and x_r of the same noise; in distillation, x_r by a step of the teacher's ODE from x_t."""
+    eps = draws.normal_like(x0)
+    xt = diffuse(x0, eps, t)
+    if nets.solver is None or nets.teacher is None:
+        return xt, diffuse(x0, eps, r)
+    with torch.no_grad():
+        return xt, nets.solver(denoiser(nets.teacher, cond), xt, t, r)
+
+
 def boundary_count(n: int, rho: float) -> int:
     """floor(rho n) samples, but never none: a batch too small for the share would drop the boundary loss silently."""
     if not 0 < rho < 1:
@@ -91,7 +109,7 @@ def frozen_copy(model: ConsistencyModel) -> ConsistencyModel:
 
 def dropout_key(x0: Samples) -> Tensor:
     """One key a sample, int64 [b]: networks that get the same key drop the same elements."""
-    return torch.randint(2**62, (len(x0),), device=x0.device)
+    return draws.keys(len(x0), x0.device)
 
 
 def averaged(student: ConsistencyModel, decay: Callable[[int, int], float]) -> Average:
@@ -107,15 +125,37 @@ def student_and_target(nets: Nets, xt: Samples, t: Times, xr: Samples, r: Times,
     return ft, fr
 
 
+_together: ContextVar[bool] = ContextVar("together", default=False)
+
+
+@contextmanager
+def together(flag: bool) -> Iterator[None]:
+    """Within it, if flag, every process makes the same passes, though its samples may not need all of them.
+
+    For weights that lie in pieces, which a pass gathers from all processes.
+    """
+    before = _together.set(flag)
+    try:
+        yield
+    finally:
+        _together.reset(before)
+
+
 def on_rows(rows: Tensor, f: Target, x: Samples, times: tuple[Times, ...], cond: Cond, key: DropoutKey) -> Samples:
-    """f(x, *times) on the flagged rows; x on the others, which cost no network pass (f(x, t -> t) = x)."""
-    index = rows.nonzero()[:, 0]  # waits for the device, once
+    """f(x, *times) on the flagged rows; x on the others, which cost no network pass (f(x, t -> t) = x).
+
+    rows and times are on the CPU: how many rows there are is known without waiting for the device.
+    """
+    index = rows.nonzero()[:, 0]
     if len(index) == len(rows):
         return f(x, *times, cond=cond, key=key)
-    if len(index) == 0:
+    if len(index) == 0 and not _together.get():
         return x
-    cond, key = (None if v is None else v[index] for v in (cond, key))
-    return x.index_copy(0, index, f(x[index], *(t[index] for t in times), cond=cond, key=key))
+    taken = index if len(index) else torch.zeros(1, dtype=torch.int64)  # one row, for nothing but company
+    times, taken = tuple(t[taken] for t in times), beside(taken, x)
+    cond, key = (None if v is None else v[taken] for v in (cond, key))
+    made = f(x[taken], *times, cond=cond, key=key)
+    return x.index_copy(0, taken, made) if len(index) else x
 
 
 def gradient_ratio(of: Tensor, to: Tensor, student: ConsistencyModel, low: float = 0.0, high: float = 1e4) -> Tensor:

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from onejump.draws import integers, normal_like
 from onejump.losses import Distance, Weight, mean_l2, uniform
 from onejump.methods.base import Nets, Stats, averaged, diffuse, student_and_target
-from onejump.model import ConsistencyModel
+from onejump.model import ConsistencyModel, beside
 from onejump.solvers import Solver, denoiser, heun
 from onejump.times import check_range, karras_grid
 from onejump.types import Cond, Samples
+from onejump.vp import VPSchedule
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class CD:
     solver: Solver = heun
     distance: Distance = mean_l2
     weight: Weight = uniform
+    levels: VPSchedule | None = None  # the grid is 0 and n - 1 of these noise levels; none: Karras' grid
 
     def __post_init__(self) -> None:
         check_range(at_least=2, n=self.n)
@@ -37,12 +40,12 @@ class CD:
     def loss(self, nets: Nets, x0: Samples, cond: Cond, step: int, steps: int) -> tuple[Tensor, Stats]:
         """E[lambda(t) d(f(x_t, t), f^-(x_r, r))], x_r the teacher's step from x_t to the next time of the grid."""
         assert nets.teacher is not None
-        grid = karras_grid(self.n, device=x0.device).to(x0.dtype)
-        i = torch.randint(self.n - 1, (len(x0),), device=x0.device)
+        grid = (karras_grid(self.n) if self.levels is None else self.levels.spread(self.n)).to(x0.dtype)
+        i = integers(0, self.n - 1, len(x0))
         r, t = grid[i], grid[i + 1]
-        xt = diffuse(x0, torch.randn_like(x0), t)
+        xt = diffuse(x0, normal_like(x0), t)
         with torch.no_grad():
             xr = self.solver(denoiser(nets.teacher, cond), xt, t, r)
         ft, fr = student_and_target(nets, xt, t, xr, r, cond)
         distance = self.distance(ft, fr)
-        return (self.weight(t, r) * distance).mean(), {"t": t, "distance": distance}
+        return (beside(self.weight(t, r), x0) * distance).mean(), {"t": t, "distance": distance}

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from onejump.draws import normal_like
 from onejump.losses import Distance, mean_l1, mean_l2
 from onejump.methods.base import Nets, Stats, diffuse, dropout_key
-from onejump.model import ConsistencyModel, per_sample
+from onejump.model import ConsistencyModel, beside, per_sample
 from onejump.times import KarrasUniform
 from onejump.types import Cond, PerSample, Samples, Times, UserError
 
@@ -28,7 +29,7 @@ class ContinuousCT:
         return Nets(student, target=student)
 
     def loss(self, nets: Nets, x0: Samples, cond: Cond, step: int, steps: int) -> tuple[Tensor, Stats]:
-        t, eps = self.times(len(x0), x0.device).to(x0.dtype), torch.randn_like(x0)
+        t, eps = beside(self.times(len(x0)).to(x0.dtype), x0), normal_like(x0)
         f, df = slope(nets.student, diffuse(x0, eps, t), t, eps, cond)
         return pseudo_loss(self.distance, f, df, self.stop_gradient).mean(), {
             "t": t,
@@ -52,8 +53,8 @@ class ContinuousCD:
 
     def loss(self, nets: Nets, x0: Samples, cond: Cond, step: int, steps: int) -> tuple[Tensor, Stats]:
         assert nets.teacher is not None
-        t = self.times(len(x0), x0.device).to(x0.dtype)
-        xt = diffuse(x0, torch.randn_like(x0), t)
+        t = beside(self.times(len(x0)).to(x0.dtype), x0)
+        xt = diffuse(x0, normal_like(x0), t)
         with torch.no_grad():
             dx = (xt - nets.teacher.denoise(xt, t, cond=cond)) / per_sample(t, xt)
         f, df = slope(nets.student, xt, t, dx, cond)

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from onejump.draws import integers, normal_like
 from onejump.losses import Distance, Weight, mean_l2, uniform
 from onejump.methods.base import Nets, Stats, averaged, diffuse, student_and_target
-from onejump.model import ConsistencyModel
+from onejump.model import ConsistencyModel, beside
 from onejump.times import check_range, ct_decay, ct_levels, karras_grid
 from onejump.types import Cond, Samples
 
@@ -39,10 +39,10 @@ class CT:
 
     def loss(self, nets: Nets, x0: Samples, cond: Cond, step: int, steps: int) -> tuple[Tensor, Stats]:
         """E[lambda(t) d(f(x_t, t), f^-(x_r, r))] for neighbours r < t of the Karras grid, all equally likely."""
-        grid = karras_grid(self.levels(step, steps), device=x0.device).to(x0.dtype)
-        i = torch.randint(len(grid) - 1, (len(x0),), device=x0.device)
+        grid = karras_grid(self.levels(step, steps)).to(x0.dtype)
+        i = integers(0, len(grid) - 1, len(x0))
         r, t = grid[i], grid[i + 1]
-        eps = torch.randn_like(x0)
+        eps = normal_like(x0)
         ft, fr = student_and_target(nets, diffuse(x0, eps, t), t, diffuse(x0, eps, r), r, cond)
         distance = self.distance(ft, fr)
-        return (self.weight(t, r) * distance).mean(), {"t": t, "distance": distance}
+        return (beside(self.weight(t, r), x0) * distance).mean(), {"t": t, "distance": distance}

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from onejump.draws import integers, normal_like, uniform
 from onejump.losses import Distance, mean_l2
 from onejump.methods.base import Nets, Stats, averaged, diffuse, dropout_key, gradient_ratio, on_rows
 from onejump.methods.dsm import DSM
@@ -44,11 +45,10 @@ class CTM:
     def at_the_data(self, nets: Nets, x0: Samples, cond: Cond, step: int) -> tuple[Samples, Samples, Times]:
         """f^-(f(x_t, t -> s), s -> eps) and f^-(sg f(x_r, r -> s), s -> eps), for t > r >= s; and t."""
         assert nets.teacher is not None
-        grid, k = karras_grid(self.n, device=x0.device).to(x0.dtype), random_steps(step, self.max_steps)
-        i = torch.randint(k, self.n, (len(x0),), device=x0.device)
-        j = (torch.rand(len(x0), device=x0.device) * (i - k + 1)).long()
-        t, r, s = grid[i], grid[i - k], grid[j]
-        xt, key = diffuse(x0, torch.randn_like(x0), t), dropout_key(x0)
+        grid, k = karras_grid(self.n).to(x0.dtype), random_steps(step, self.max_steps)
+        i = integers(k, self.n, len(x0))
+        t, r, s = grid[i], grid[i - k], grid[(uniform(len(x0)) * (i - k + 1)).long()]
+        xt, key = diffuse(x0, normal_like(x0), t), dropout_key(x0)
         estimate = nets.student(xt, t, s, cond=cond, key=key)
         estimate = on_rows(s > grid[0], nets.target, estimate, (s,), cond, key)  # gradient flows through it
         with torch.no_grad():

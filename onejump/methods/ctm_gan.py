@@ -9,6 +9,7 @@ from torch.nn.functional import relu
 from onejump.methods.base import Critic, Nets, Stats, gradient_ratio
 from onejump.methods.ctm import CTM
 from onejump.model import ConsistencyModel
+from onejump.optim import RAdam
 from onejump.times import check_range
 from onejump.types import Cond, Samples
 
@@ -31,9 +32,7 @@ class CTMGAN:
         check_range(at_least=self.low, high=self.high)
 
     def nets(self, student: ConsistencyModel, teacher: ConsistencyModel, critic: nn.Module) -> Nets:
-        trained = [p for p in critic.parameters() if p.requires_grad]
-        optimizer = torch.optim.RAdam(trained, lr=self.critic_lr, betas=(0.5, 0.9))
-        turn = Critic(critic, optimizer, turn=lambda step: step % 2 == 1)
+        turn = Critic(critic, RAdam(betas=(0.5, 0.9)), self.critic_lr, turn=lambda step: step % 2 == 1)
         return replace(self.ctm.nets(student, teacher), critic=turn)
 
     def loss(self, nets: Nets, x0: Samples, cond: Cond, step: int, steps: int) -> tuple[Tensor, Stats]:

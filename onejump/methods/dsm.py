@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from onejump.draws import normal_like
 from onejump.losses import squared_l2
 from onejump.methods.base import Nets, Stats, diffuse, dropout_key
-from onejump.model import ConsistencyModel
+from onejump.model import ConsistencyModel, beside
 from onejump.times import HalfLogNormal, LogNormal, check_range
 from onejump.types import Cond, Samples
 
@@ -27,8 +27,8 @@ class DSM:
 
     def loss(self, nets: Nets, x0: Samples, cond: Cond, step: int, steps: int) -> tuple[Tensor, Stats]:
         """E[lambda(t) ||D(x_t, t) - x0||^2], lambda = (t^2 + sigma_data^2) / (t sigma_data)^2."""
-        t = self.times(len(x0), x0.device).to(x0.dtype)
-        xt = diffuse(x0, torch.randn_like(x0), t)
+        t = self.times(len(x0)).to(x0.dtype)
+        xt = diffuse(x0, normal_like(x0), t)
         distance = squared_l2(nets.student.denoise(xt, t, cond=cond, key=dropout_key(x0)), x0)
         weight = (t**2 + self.sigma_data**2) / (t * self.sigma_data) ** 2
-        return (weight * distance).mean(), {"t": t, "distance": distance}
+        return (beside(weight, x0) * distance).mean(), {"t": t, "distance": distance}

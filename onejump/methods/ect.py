@@ -3,13 +3,12 @@
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from onejump.losses import Weight, inverse_delta, pseudo_huber
-from onejump.methods.base import Nets, Stats, diffuse, student_and_target
-from onejump.model import ConsistencyModel
-from onejump.times import Discretisation, LogNormal, check_range
+from onejump.methods.base import Nets, Stats, student_and_target, two_samples
+from onejump.model import ConsistencyModel, beside
+from onejump.times import AtLevels, Discretisation, LevelSteps, LogNormal, check_range
 from onejump.types import Cond, Samples, UserError
 
 
@@ -20,8 +19,8 @@ class ECT:
     TCM's stage 1 is the same with t kept in [t_min, t_max] = [0.002, 80] and Delta_t kept above a floor.
     """
 
-    times: LogNormal = LogNormal(P_mean=-1.1, P_std=2.0)
-    delta: Discretisation = Discretisation(q=2)
+    times: LogNormal | AtLevels = LogNormal(P_mean=-1.1, P_std=2.0)
+    delta: Discretisation | LevelSteps = Discretisation(q=2)
     weight: Weight = inverse_delta
     c: float = 0.0
     t_min: float = 0.0
@@ -37,9 +36,9 @@ class ECT:
 
     def loss(self, nets: Nets, x0: Samples, cond: Cond, step: int, steps: int) -> tuple[Tensor, Stats]:
         """E[w(t, r) d(f(x_t, t), f^-(x_r, r))], r = t - Delta_t; the target at r = 0 is the data."""
-        t = self.times(len(x0), x0.device, self.t_min, self.t_max).to(x0.dtype)
+        t = self.times(len(x0), self.t_min, self.t_max).to(x0.dtype)
         r = self.delta.r(t, step)
-        eps = torch.randn_like(x0)
-        ft, fr = student_and_target(nets, diffuse(x0, eps, t), t, diffuse(x0, eps, r), r, cond)
+        xt, xr = two_samples(nets, x0, t, r, cond)
+        ft, fr = student_and_target(nets, xt, t, xr, r, cond)
         distance = pseudo_huber(ft, fr, self.c)
-        return (self.weight(t, r) * distance).mean(), {"t": t, "distance": distance}
+        return (beside(self.weight(t, r), x0) * distance).mean(), {"t": t, "distance": distance}

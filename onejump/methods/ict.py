@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from onejump.draws import normal_like
 from onejump.losses import pseudo_huber
 from onejump.methods.base import Nets, Stats, diffuse, student_and_target
-from onejump.model import ConsistencyModel
+from onejump.model import ConsistencyModel, beside
 from onejump.times import check_range, ict_levels, karras_grid, lognormal_index
 from onejump.types import Cond, Samples
 
@@ -36,10 +36,10 @@ class ICT:
 
     def loss(self, nets: Nets, x0: Samples, cond: Cond, step: int, steps: int) -> tuple[Tensor, Stats]:
         """E[d(f(x_t, t), f^-(x_r, r)) / (t - r)] for neighbours r < t of the Karras grid with N(step) times."""
-        grid = karras_grid(ict_levels(step, steps, self.s0, self.s1), device=x0.device)
+        grid = karras_grid(ict_levels(step, steps, self.s0, self.s1))
         i = lognormal_index(grid, len(x0), self.P_mean, self.P_std)
         r, t = grid[i].to(x0.dtype), grid[i + 1].to(x0.dtype)
-        eps = torch.randn_like(x0)
+        eps = normal_like(x0)
         ft, fr = student_and_target(nets, diffuse(x0, eps, t), t, diffuse(x0, eps, r), r, cond)
         distance = pseudo_huber(ft, fr, c=self.huber * x0[0].numel() ** 0.5)
-        return (distance / (t - r)).mean(), {"t": t, "distance": distance}
+        return (distance / beside(t - r, x0)).mean(), {"t": t, "distance": distance}

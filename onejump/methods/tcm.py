@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from onejump.losses import Weight, inverse_delta, pseudo_huber
-from onejump.methods.base import Nets, Stats, boundary_count, diffuse, dropout_key, frozen_copy, on_rows
-from onejump.model import ConsistencyModel
-from onejump.times import Discretisation, LogStudentT, TimeDistribution, check_range
+from onejump.methods.base import Nets, Stats, boundary_count, dropout_key, frozen_copy, on_rows, two_samples
+from onejump.model import ConsistencyModel, beside
+from onejump.times import Discretisation, LevelSteps, LogStudentT, TimeDistribution, check_range
 from onejump.types import Cond, DropoutKey, Samples, Times
 
 
@@ -27,7 +27,7 @@ class TCM:
     """Truncated Consistency Models (Lee et al. 2025), algorithm 1, eq. 6: training on [t', T] alone."""
 
     times: TimeDistribution = LogStudentT(mu=0.0, sigma=0.2, df=0.01)
-    delta: Discretisation = Discretisation(q=2, ratio_limit=0.999, r_min=1e-6)
+    delta: Discretisation | LevelSteps = Discretisation(q=2, ratio_limit=0.999, r_min=1e-6)
     weight: Weight = inverse_delta
     c: float = 1e-8
     t_prime: float = 1.0
@@ -48,13 +48,13 @@ class TCM:
     def loss(self, nets: Nets, x0: Samples, cond: Cond, step: int, steps: int) -> tuple[torch.Tensor, Stats]:
         """The mean over t in [t', T] + w_b * the mean over the samples at t'."""
         n_b = boundary_count(len(x0), self.rho)  # the first n_b samples sit at t'
-        at_boundary = torch.arange(len(x0), device=x0.device) < n_b
-        t = self.times(len(x0), x0.device, self.t_prime, self.t_max).to(x0.dtype).masked_fill(at_boundary, self.t_prime)
+        at_boundary = torch.arange(len(x0)) < n_b
+        t = self.times(len(x0), self.t_prime, self.t_max).to(x0.dtype).masked_fill(at_boundary, self.t_prime)
         r = self.delta.r(t, step)
-        eps, key = torch.randn_like(x0), dropout_key(x0)
-        ft = nets.student(diffuse(x0, eps, t), t, cond=cond, key=key)
+        (xt, xr), key = two_samples(nets, x0, t, r, cond), dropout_key(x0)
+        ft = nets.student(xt, t, cond=cond, key=key)
         with torch.no_grad():
-            fr = nets.target(diffuse(x0, eps, r), r, at_boundary | (r < self.t_prime), cond, key)
+            fr = nets.target(xr, r, at_boundary | (r < self.t_prime), cond, key)
         distance = pseudo_huber(ft, fr, self.c)
-        loss = self.weight(t, r) * distance
+        loss = beside(self.weight(t, r), x0) * distance
         return loss[n_b:].mean() + self.w_b * loss[:n_b].mean(), {"t": t, "distance": distance}

@@ -8,7 +8,7 @@ ADM in ADMUNetConfig, EDM2's XS to XXL and TCM's edm2-cifar-s and -m in EDM2UNet
 from onejump.networks.adm_unet import ADMUNetConfig
 from onejump.networks.critic import ProjectedCriticConfig, SmallCriticConfig, TimmFeatures
 from onejump.networks.edm2_unet import EDM2UNetConfig
-from onejump.networks.magnitude import normalize_weights
+from onejump.networks.magnitude import normalize_weights, normalized
 from onejump.networks.mlp import MLPConfig
 from onejump.networks.song_unet import SongUNetConfig
 
@@ -21,4 +21,5 @@ __all__ = [
     "SongUNetConfig",
     "TimmFeatures",
     "normalize_weights",
+    "normalized",
 ]

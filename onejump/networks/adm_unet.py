@@ -220,6 +220,11 @@ class ADMUNet(nn.Module):
         """The weight of the last layer."""
         return self.get_parameter("out_conv.weight")
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The repeated parts, in the order of their calls."""
+        return [part for part in (*self.enc.values(), *self.dec.values()) if isinstance(part, Block | ConvResample)]
+
     def _fill_encoder(self, block: Callable[..., Block | ConvResample]) -> list[int]:
         """Returns the channels of the maps that the decoder will read, oldest first."""
         kept: list[int] = []

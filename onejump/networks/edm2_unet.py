@@ -188,6 +188,11 @@ class EDM2UNet(nn.Module):
         """The weight of the last layer."""
         return self.out_conv.weight
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The repeated parts, in the order of their calls."""
+        return [part for part in (*self.enc.values(), *self.dec.values()) if isinstance(part, Block)]
+
     def _fill_encoder(self, block: Callable[..., Block]) -> list[int]:
         """Returns the channels of the maps that the decoder will read, oldest first."""
         kept: list[int] = []

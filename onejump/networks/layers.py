@@ -30,28 +30,71 @@ def _shift_xor(h: Tensor, shift: int, bits: int) -> Tensor:
     return h.bitwise_xor_((h >> shift).bitwise_and_((1 << (bits - shift)) - 1))
 
 
+GAMMA = 0x9E3779B97F4A7C15  # splitmix64's step from one output to the next
+
+
 def _key_words(key: Int64[Tensor, " b"], layer: int) -> Int32[Tensor, "b 2"]:
     """Output number `layer` of splitmix64 seeded with key, as two words: neighbouring keys share nothing."""
-    h = key + _signed((layer + 1) * 0x9E3779B97F4A7C15, 64)
+    h = key + _signed((layer + 1) * GAMMA, 64)
     h = _shift_xor(h, 30, 64).mul_(_signed(0xBF58476D1CE4E5B9, 64))
     h = _shift_xor(h, 27, 64).mul_(_signed(0x94D049BB133111EB, 64))
     return _shift_xor(h, 31, 64).unsqueeze(1).view(torch.int32)
+
+
+def shifted_key(key: Int64[Tensor, " b"], layers: int) -> Int64[Tensor, " b"]:
+    """The key that gives layer i the mask that `key` gives layer i + layers."""
+    return key + _signed(layers * GAMMA, 64)
+
+
+def dropout_mask(x: Samples, key: Int64[Tensor, " b"], layer: int, p: float) -> Samples:
+    """What keyed_dropout multiplies x with: 0 or 1 / (1 - p), in the dtype of x and laid out as x is in memory."""
+    k0, k1 = _key_words(key, layer).split(1, dim=1)
+    i = torch.arange(math.prod(x.shape[1:]), dtype=torch.int32, device=x.device)
+    channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    if channels_last:
+        i = i.view(x.shape[1:]).permute(1, 2, 0).flatten()
+    h = (i * _signed(0x9E3779B1, 32)) ^ k0
+    h = h.mul_(_signed(0x85EBCA6B, 32))
+    h = _shift_xor(h, 16, 32).mul_(k1 | 1)
+    h = _shift_xor(h, 15, 32).mul_(_signed(0xC2B2AE35, 32))
+    keep = h.ge_(round(p * 2**32) - 2**31)  # h was uniform on [-2^31, 2^31); as 0/1 words, bools are slow on the CPU
+    keep = keep.view(len(x), *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2) if channels_last else keep.view(x.shape)
+    return keep.to(x.dtype).mul_(1 / (1 - p))
+
+
+class _KeyedDropout(torch.autograd.Function):
+    """Keeps the keys alone for the backward pass, which makes the mask again."""
+
+    @staticmethod
+    def forward(x: Tensor, key: Tensor, layer: int, p: float) -> Tensor:
+        return x * dropout_mask(x, key, layer, p)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, key, ctx.layer, ctx.p = inputs
+        ctx.save_for_backward(key)
+        ctx.save_for_forward(key)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (key,) = ctx.saved_tensors
+        return keyed_dropout(grad, key, ctx.layer, ctx.p), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *others: Any) -> Any:
+        (key,) = ctx.saved_tensors
+        return keyed_dropout(tangent, key, ctx.layer, ctx.p)
 
 
 def keyed_dropout(x: Samples, key: Int64[Tensor, " b"], layer: int, p: float) -> Samples:
     """Zero each element of x with probability p and scale the others by 1 / (1 - p).
 
     Whether element i of sample b is kept is a pure function of (key[b], layer, i): a hash in 32-bit integers, with no
-    generator behind it. Equal keys give equal masks in every network, batch, device and compiled graph.
+    generator behind it. Equal keys give equal masks in every network, batch, device, layout and compiled graph.
     """
-    k0, k1 = _key_words(key, layer).split(1, dim=1)
-    i = torch.arange(math.prod(x.shape[1:]), dtype=torch.int32, device=x.device)
-    h = (i * _signed(0x9E3779B1, 32)) ^ k0
-    h = h.mul_(_signed(0x85EBCA6B, 32))
-    h = _shift_xor(h, 16, 32).mul_(k1 | 1)
-    h = _shift_xor(h, 15, 32).mul_(_signed(0xC2B2AE35, 32))
-    keep = h.ge_(round(p * 2**32) - 2**31)  # h was uniform on [-2^31, 2^31); as 0/1 words, bools are slow on the CPU
-    return x * keep.view(x.shape).to(x.dtype).mul_(1 / (1 - p))
+    if torch.compiler.is_compiling():  # which knows no Function with a jvp, and itself finds what to make again
+        return x * dropout_mask(x, key, layer, p)
+    return _KeyedDropout.apply(x, key, layer, p)
 
 
 def new_keys(n: int, device: torch.device) -> Int64[Tensor, " n"]:

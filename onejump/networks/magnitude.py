@@ -5,6 +5,8 @@ ever after. t is the weight of the second input.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float
@@ -66,15 +68,21 @@ class MPConv(nn.Module):
     The output is a function of the weights' direction alone, times gain. Calling it changes nothing.
     """
 
+    held: Tensor | None = None  # the magnitudes of the weights, while they are known: see `normalized`
+
     def __init__(self, c_in: int, c_out: int, kernel: int = 0):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(c_out, c_in, *[kernel, kernel] if kernel else []))
 
     def forward(self, x: Samples, gain: Float[Tensor, ""] | float = 1.0) -> Samples:
-        dims = tuple(range(1, self.weight.ndim))
-        w = self.weight * (gain / math.sqrt(self.weight[0].numel()) / magnitude(self.weight, dims))
+        known = None if torch.is_grad_enabled() else self.held  # a gradient goes through the magnitudes too
+        w = self.weight * (gain / math.sqrt(self.weight[0].numel()) / (self.magnitudes() if known is None else known))
         w = w.to(x.dtype)
         return linear(x, w) if w.ndim == 2 else conv2d(x, w, padding=w.shape[-1] // 2)
+
+    def magnitudes(self) -> Tensor:
+        """One an output."""
+        return magnitude(self.weight, tuple(range(1, self.weight.ndim)))
 
 
 @torch.no_grad()
@@ -88,3 +96,21 @@ def normalize_weights(net: nn.Module) -> None:
     for module in net.modules():
         if isinstance(module, MPConv):
             module.weight.copy_(normalize(module.weight))
+
+
+@contextmanager
+def normalized(net: nn.Module) -> Iterator[None]:
+    """normalize_weights; and until it ends, passes without gradients find the magnitudes of the weights computed.
+
+    For the passes of one optimiser step. Weights of which a process holds a shard are left out.
+    """
+    normalize_weights(net)
+    layers = [module for module in net.modules() if isinstance(module, MPConv)]
+    whole = [layer for layer in layers if type(layer.weight.detach()) is Tensor]
+    try:
+        for layer in whole:
+            layer.held = layer.magnitudes().detach()
+        yield
+    finally:
+        for layer in whole:
+            layer.held = None

@@ -158,8 +158,8 @@ class Block(nn.Module):
             shift = shift + self.affine_s(emb_s)
         h = silu(self.norm1(h + shift[:, :, None, None]))
         h = self.conv1(self.dropout(h, key))
-        x = (self.skip(self.resampled(x)) + h) * SQRT_HALF
-        return (x + self.attend(x)) * SQRT_HALF if self.attention else x
+        x = (self.skip(self.resampled(x)) + h).mul_(SQRT_HALF)  # in place: one map less to make
+        return (x + self.attend(x)).mul_(SQRT_HALF) if self.attention else x
 
     def resampled(self, x: Maps) -> Maps:
         return x if self.resample is None else self.resample(x, self.conv0.get_buffer("resample_filter"))
@@ -202,6 +202,11 @@ class SongUNet(nn.Module):
         """The weight of the last layer."""
         res = self.config.img_resolution
         return self.get_parameter(f"dec.{res}x{res}_aux_conv.weight")
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The repeated parts, in the order of their calls."""
+        return [part for part in (*self.enc.values(), *self.dec.values()) if isinstance(part, Block)]
 
     def _fill_encoder(self, block: Callable[..., Block]) -> list[int]:
         """Returns the channels of the maps that the decoder will read, oldest first."""

@@ -1,5 +1,7 @@
-"""Recipes by name. Each is a function of the images that returns a `config.Recipe`."""
+"""Recipes by name. Each is a function of the images that returns a `config.Recipe`; `table.records` tells of each."""
 
+import itertools
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -7,6 +9,7 @@ if TYPE_CHECKING:
     from onejump.data.training_set import TrainingSet
 
 ANALYTIC = "-analytic"  # the same with Analytic-Precond
+IMAGES = "{cifar10-uncond,cifar10-cond,ffhq64,imagenet64}"
 FOR_ANY_IMAGES = {
     "digits": "diffusion teacher -> consistency training (ECT) -> truncated training (TCM); digits or your own images",
     "digits-ict": "improved consistency training (iCT) from data alone, in one stage",
@@ -15,21 +18,39 @@ FOR_ANY_IMAGES = {
     "digits-ctm-gan": "the same, then on with CTM's adversarial loss",
 }
 PUBLISHED = {
-    f"{kind}-{images}[{ANALYTIC}]": f"{kind.upper()} on {what} as published, from EDM's model (--teacher)"
-    for images, what in (
-        ("cifar10-uncond", "CIFAR-10 without classes"),
-        ("cifar10-cond", "CIFAR-10"),
-        ("ffhq64", "FFHQ 64x64"),
-        ("imagenet64", "ImageNet 64x64"),
-    )
-    for kind in ("cd", "ctm")
+    f"edm-{IMAGES}": "EDM's diffusion models",
+    "edm2-imagenet64-{s,xl}": "EDM2's diffusion models",
+    "cm-{cd,ct}-{cifar10,imagenet64}": "consistency models of 2023: distillation, training",
+    "ict[-deep]-{cifar10,imagenet64}": "improved consistency training",
+    "ect-cifar10-{100k,200k,400k,hour}": "easy consistency training, from EDM's model (--init)",
+    "ect-imagenet64-{s,m,l,xl,s-100m,xl-100m}": "the same from EDM2's models",
+    "tcm-{cifar10,imagenet64-s,imagenet64-xl}": "truncated consistency models, both stages (--init)",
+    f"cd-{IMAGES}[{ANALYTIC}]": "CD as Zheng et al. 2025 run it, from EDM's model (--teacher)",
+    f"ctm-{IMAGES}[{ANALYTIC}]": "CTM as Zheng et al. 2025 run it, from EDM's model (--teacher)",
+    "ctm-gan-{cifar10-uncond,cifar10-cond,imagenet64}": "CTM with its critic, as its authors run it (--teacher)",
 }
-LISTED = FOR_ANY_IMAGES | PUBLISHED
+TEXT = {
+    "tcm-sd15": "TCM on Stable Diffusion 1.5's latents, from its folder (--teacher); captioned latents",
+    "cd-sd15": "consistency distillation on them",
+}
+LISTED = FOR_ANY_IMAGES | PUBLISHED | TEXT
+SCALES = ("tiny", "small")  # two steps a stage on a CPU; about an hour on one GPU
 
 
 def names(listed: dict[str, str]) -> list[str]:
-    """Each name, and where it has one its variant with Analytic-Precond."""
-    return [base + end for name in listed for base, *ends in [name.rstrip("]").split("[")] for end in ("", *ends)]
+    """Every name that is meant: {a,b} is one of these, [x] with or without it."""
+    found = []
+    for pattern in listed:
+        parts = re.split(r"([{\[].*?[}\]])", pattern)
+        choices = [_choices(part) for part in parts]
+        found += ["".join(chosen) for chosen in itertools.product(*choices)]
+    return found
+
+
+def _choices(part: str) -> list[str]:
+    if part.startswith("["):
+        return ["", part[1:-1]]
+    return part[1:-1].split(",") if part.startswith("{") else [part]
 
 
 NAMES = names(LISTED)
@@ -38,22 +59,9 @@ NAMES = names(LISTED)
 def build_recipe(name: str, data: "TrainingSet | None") -> "Recipe":
     """The recipe of this name for these images; the published ones can do without. Raises UserError for other names."""
     from onejump.config_json import did_you_mean
-    from onejump.recipes import distillation, published
-    from onejump.recipes.digits import digits, digits_ict
+    from onejump.recipes.table import records
     from onejump.types import UserError
 
-    if name in names(PUBLISHED):
-        return published.recipes()[name](data)
-    functions = {
-        "digits": digits,
-        "digits-ict": digits_ict,
-        "digits-cd": distillation.digits_cd,
-        "digits-cd-analytic": distillation.digits_cd_analytic,
-        "digits-ctm": distillation.digits_ctm,
-        "digits-ctm-analytic": distillation.digits_ctm_analytic,
-        "digits-ctm-gan": distillation.digits_ctm_gan,
-    }
-    if name not in functions:
+    if name not in NAMES:
         raise UserError(f"recipe: no {name!r}; there are {', '.join(NAMES)}{did_you_mean(name, NAMES)}")
-    assert data is not None
-    return functions[name](data)
+    return records()[name].build(data)

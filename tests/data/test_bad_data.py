@@ -18,6 +18,7 @@ import pytest
 from image_files import encode, flat, pack, tar, write
 from PIL import Image
 
+from onejump.data import unfilter
 from onejump.data.decode import Decoding
 from onejump.data.describe import describe
 from onejump.data.files import zip_source
@@ -129,6 +130,7 @@ MAKERS: list[Callable[[Path, list[tuple[bytes, int]], random.Random], Path]] = [
 @pytest.mark.parametrize("block", range(10))
 def test_no_damage_crashes_hangs_or_mislabels(tmp_path, monkeypatch, block):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(unfilter, "DIAGONAL", block % 2 * unfilter.DIAGONAL)  # PNGs together, or each by itself
     refused = read = 0
     for case in range(block * CASES // 10, (block + 1) * CASES // 10):
         choose = random.Random(case)

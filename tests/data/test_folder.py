@@ -84,6 +84,13 @@ def test_dataset_json_gives_the_labels(make):
     assert colours(images) == [RED, BLUE]
 
 
+def test_labels_of_images_that_are_not_there_are_told(make, capsys):
+    labels = {"labels": [["a.png", 0], ["b.png", 1], ["c.png", 2], ["d.png", 1]]}
+    found = load_images(make({"a.png": flat(RED), "b.png": flat(BLUE), "dataset.json": json.dumps(labels)}))
+    assert found.labels.tolist() == [0, 1]
+    assert "2 of its labels are of images that are not there, e.g. c.png" in capsys.readouterr().err
+
+
 def test_dataset_json_without_labels_leaves_nested_images_unlabelled(make):
     files = {"00000/a.png": flat(RED), "00001/b.png": flat(BLUE), "dataset.json": '{"labels": null}'}
     images = load_images(make(files))
@@ -262,10 +269,13 @@ def test_a_zip_entry_that_unpacks_too_large_is_refused(tmp_path, refused, monkey
         ('{"labels": [["a.png", 0], ["b.png", -1]]}', ("b.png", "-1")),
         ('{"labels": [["a.png", 0], ["b.png", [0.1, 2]]]}', ("b.png", "[0.1, 2]")),
         ('{"labels": [["a.png", 0], ["b.png", true]]}', ("b.png", "True")),
-        ('{"labels": [1, 2]}', ("expected",)),
-        ('{"classes": []}', ("expected", "labels")),
-        ("[]", ("expected",)),
-        ("{", ("expected",)),
+        ('{"labels": [["a.png", 0], 2]}', ("label 1 is 2; expected is {",)),
+        ('{"labels": [["a.png"]]}', ('label 0 is ["a.png"]; expected',)),
+        ('{"labels": {}}', ("no list; expected",)),
+        ('{"classes": []}', ('it has no "labels"; expected',)),
+        ("[]", ('it has no "labels"; expected',)),
+        ('{"labels":\n x', ("no JSON from line 2, column 2 on; expected",)),
+        ("[" * 100_000, ("no JSON; expected",)),
     ],
 )
 def test_bad_labels_are_named(make, refused, labels, words):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from onejump.data.image_set import epoch_order
+from onejump.data.image_set import ImageSet, epoch_order
 from onejump.data.latents import EDM2_SCALING, LatentScaling, LatentSet, open_latents
 from onejump.data.open import open_training_set
 from onejump.types import UserError
@@ -160,5 +160,36 @@ def test_nothing_is_unpickled_and_scalings_must_fit(put, opened, tmp_path):
         opened(tmp_path / "objects.npy")
     with pytest.raises(UserError, match="4 channels, but the scaling has numbers for 3"):
         opened(put(edm2(moments())), scaling=LatentScaling((0.0,) * 3, (1.0,) * 3))
+    np.save(tmp_path / "flat.npy", np.stack([np.full((4, 3, 3), 0.1), np.eye(3)[None].repeat(4, 0)], 1))
+    with pytest.raises(UserError, match=r"flat\.npy: channel 0 is 0\.1 throughout"):
+        open_latents(tmp_path / "flat.npy", cache=tmp_path)
     with pytest.raises(UserError, match="std: .* above 0 for each of the 2 channels"):
         LatentScaling((0.0, 1.0), (1.0, 0.0))
+
+
+def test_a_folder_with_an_array_of_images_is_a_set_of_images(tmp_path):
+    """images.npy and labels.npy of bytes: files of the same ending as latents."""
+    np.save(tmp_path / "images.npy", np.zeros((6, 8, 8, 3), np.uint8))
+    np.save(tmp_path / "labels.npy", np.arange(6) % 2)
+    found = open_training_set(tmp_path)
+    assert isinstance(found, ImageSet) and found.shape == (3, 8, 8) and found.labels.tolist() == [0, 1] * 3
+
+
+def test_a_zip_with_a_damaged_list_of_entries_is_told_in_one_line(tmp_path):
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("0.npy", npy(moments()[0]))
+    data = bytearray(path.read_bytes())
+    at = data.rfind(b"PK\1\2")
+    data[at : at + 4] = b"XXXX"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="set.zip is a damaged zip file"):
+        open_training_set(path)
+
+
+def test_a_label_beyond_all_classes_is_refused(tmp_path, opened):
+    """And no names are made for a thousand million of them."""
+    np.save(tmp_path / "a.npy", moments())
+    np.save(tmp_path / "a_labels.npy", np.full(N, 10**9))
+    with pytest.raises(UserError, match="a_labels.npy: a class from 0 to 999,999"):
+        opened(tmp_path / "a.npy")

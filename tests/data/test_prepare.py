@@ -87,6 +87,20 @@ def test_parts_of_another_job_are_not_used(tmp_path):
     assert load_images(tmp_path / "out.zip").fingerprint == load_images(source, 8, "dhariwal").fingerprint
 
 
+def test_parts_of_images_that_changed_since_are_not_used(tmp_path):
+    source = some(tmp_path / "set")
+
+    def stop(done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, tmp_path / "out.zip", BOTH, progress=stop)
+    write(source, {"cat/01.png": encode(picture(noise(99, (18, 20))))})
+    assert prepare(source, tmp_path / "out.zip", BOTH).kept_parts == 0
+    assert load_images(tmp_path / "out.zip").fingerprint == load_images(source, 8, "dhariwal").fingerprint
+
+
 def test_grey_among_colours_becomes_colour_and_all_grey_stays_grey(tmp_path):
     grey = {f"{k}.png": encode(picture(noise(k, channels=1))) for k in range(9)}
     prepare(write(tmp_path / "grey", grey), tmp_path / "grey.zip", Decoding())

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from image_files import encode, noise, picture, tar, write
 
+from onejump.data.batch_pickle import read_batch
 from onejump.data.load import load_images
 from onejump.data.sources import open_source
 from onejump.types import UserError
@@ -82,6 +83,24 @@ def test_a_pickle_that_would_run_something_is_refused_unrun(tmp_path):
     files["data_batch_3"] = pickle.dumps({"data": Evil()}, 2)
     refused(write(tmp_path / "c", files), "data_batch_3", "binary version")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("keys", [str, str.encode])
+def test_a_batch_that_python_3_saved_again_is_read(protocol, keys):
+    """Loaded with encoding="latin1" or "bytes"; protocol 2 writes byte strings as texts that are to be encoded."""
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3072), np.uint8)
+    content = {"data": pixels, "labels": [3, 7], "filenames": [b"a.png", b"\xff.png"]}
+    data = pickle.dumps({keys(name): value for name, value in content.items()}, protocol)
+    assert (b"_codecs" in data) == (protocol == 2)
+    found = read_batch(data, "it")
+    assert np.array_equal(found["data"], pixels) and found["labels"] == [3, 7]
+
+
+def test_only_a_plain_byte_string_is_encoded():
+    data = pickle.dumps({"filenames": b"\xff"}, 2).replace(b"latin1", b"base64")
+    with pytest.raises(UserError, match="it asks for _codecs encode of something else than a plain byte string"):
+        read_batch(data, "it")
 
 
 def test_cifar100_has_its_fine_classes(tmp_path):

@@ -10,6 +10,7 @@ from image_files import encode, flat, noise, picture, tar
 
 from onejump.data import shard_index
 from onejump.data.load import load_images
+from onejump.data.open import open_training_set
 from onejump.data.shards import expanded
 from onejump.data.sources import open_source
 from onejump.types import UserError
@@ -124,7 +125,7 @@ def test_bad_samples_are_left_out_and_the_others_keep_their_labels(tmp_path):
     assert np.array_equal(found.images[1].permute(1, 2, 0).numpy(), PIXELS[2])
 
 
-@pytest.mark.parametrize("damage", ["header", "cut", "no tar", "gzip"])
+@pytest.mark.parametrize("damage", ["header", "cut", "boundary", "empty header", "no tar", "gzip"])
 def test_a_damaged_shard_is_named_and_what_comes_before_can_be_kept(tmp_path, damage):
     files = {f"{k}.png": PNGS[k] for k in range(5)}
     path = tar(tmp_path / "s.tar", files)
@@ -134,16 +135,34 @@ def test_a_damaged_shard_is_named_and_what_comes_before_can_be_kept(tmp_path, da
         data[third + 150] ^= 1  # its checksum
     elif damage == "cut":
         del data[third + 600 :]
+    elif damage == "boundary":
+        del data[third:]  # where a member begins: all before it is whole
+    elif damage == "empty header":
+        data[third : third + 512] = bytes(512)  # as the end looks
     elif damage == "no tar":
         data = bytearray(os.urandom(2000))
     else:
         data = bytearray(tar(tmp_path / "z.tar", files, "w:gz").read_bytes())
     path.write_bytes(data)
-    refused(path, "s in ", "damaged")
-    if damage in ("header", "cut"):
+    refused(path, "s.tar in ", "cut off" if damage == "boundary" else "damaged")
+    if damage not in ("no tar", "gzip"):
         with pytest.warns(UserWarning, match="left out"):
             found = load_images(path, skip_bad=True)
         assert np.array_equal(found.images.numpy(), np.stack(PIXELS[:3]).transpose(0, 3, 1, 2))
+
+
+def test_a_tar_may_end_with_one_empty_block_and_with_none_it_may_lack_images(tmp_path):
+    path = tar(tmp_path / "s.tar", {f"{k}.png": PNGS[k] for k in range(2)})
+    end = sum(512 + -(-len(png) // 512) * 512 for png in PNGS[:2])
+    os.truncate(path, end + 512)
+    assert len(open_source(path).names) == 2
+    os.truncate(path, end)
+    refused(path, "s.tar in ", f"cut off at byte {end:,}")
+
+
+def test_a_shells_pattern_is_answered_with_ours(two):
+    with pytest.raises(UserError, match=r"\*.tar: no such folder or file.*\{000\.\.002\}"):
+        open_training_set(two / "*.tar")
 
 
 def test_a_member_with_a_long_name_is_found(tmp_path):

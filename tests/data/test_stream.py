@@ -87,7 +87,7 @@ def test_what_follows_is_decoded_before_it_is_asked_for(folder, made):
         batch.result()
     stream = replace(stream, feeder=replace(stream.feeder, ahead=0))
     seen, make = [], stream.feeder.make
-    stream = replace(stream, feeder=replace(stream.feeder, ahead=1, make=lambda k: seen.append(k) or make(k)))
+    stream = replace(stream, feeder=replace(stream.feeder, ahead=1, make=lambda ks: seen.extend(ks) or make(ks)))
     stream.batch(0, 5, 0)
     stream.feeder._under_way[next(iter(stream.feeder._under_way))].result()
     order = epoch_order(23, 0, 0)[0]

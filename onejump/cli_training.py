@@ -1,0 +1,236 @@
+"""The commands `run` and `train`: recipes, images, processes, memory."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onejump import cli_team
+from onejump.cli_input import check_name, images_of
+from onejump.recipes import LISTED, SCALES
+
+if TYPE_CHECKING:
+    import torch
+
+    from onejump.config import Recipe
+    from onejump.data.training_set import TrainingSet
+    from onejump.distributed import Team
+
+Work = Callable[[], None]
+
+
+def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Their options; `add` makes a command."""
+    width = max(map(len, LISTED))
+    recipes = "recipes:\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in LISTED.items())
+    for name, command, text in (
+        ("run", run_command, "the whole chain of a recipe: training, evaluation, report; resumes"),
+        ("train", train_command, "one stage of a recipe; resumes"),
+    ):
+        add_training(add(name, command, text, recipes), one_stage=name == "train")
+
+
+def add_training(made: argparse.ArgumentParser, one_stage: bool) -> None:
+    """The options of run and train."""
+    made.add_argument("recipe", help="a recipe's name (see below)")
+    made.add_argument("overrides", nargs="*", metavar="path=value", help="such as stage1.steps=500 or seed=3")
+    made.add_argument("--data", metavar="PATH", help="folder or zip of images (default: scikit-learn's digits)")
+    made.add_argument("--size", type=int, metavar="N", help="crop and resize the images to N x N")
+    made.add_argument("--skip-bad", action="store_true", help="leave images that cannot be read out, and list them")
+    made.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/RECIPE[-IMAGES])")
+    made.add_argument("--teacher", metavar="MODEL", help="distil this diffusion model (CD, CTM)")
+    made.add_argument(
+        "--scale", choices=SCALES, help="tiny: two steps a stage on a CPU; small: about an hour on one GPU"
+    )
+    made.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    made.add_argument("--guidance", type=float, metavar="W", help="scale of the teacher's guidance (CD, CTM; 1: none)")
+    made.add_argument("--guide", metavar="MODEL", help="guide the teacher by this diffusion model, not by its labels")
+    cli_team.add_option(made)
+    made.add_argument("--max-memory", metavar="SIZE", help="as many images a pass as fit in it, such as 8GiB")
+    made.add_argument("--dry-run", action="store_true", help="print the configuration, time and memory, and stop")
+    made.add_argument("--tensorboard", action="store_true", help="also write TensorBoard's files")
+    if one_stage:
+        made.add_argument("--stage", help="which stage (default: the only one)")
+        made.add_argument("--init", metavar="MODEL", help="start from this model instead of the stage before")
+
+
+def recipe_of(args: argparse.Namespace, data: "TrainingSet") -> "Recipe":
+    from onejump.fit import images_for
+    from onejump.overrides import apply_overrides
+    from onejump.recipes import build_recipe
+    from onejump.start import distilled_from
+
+    recipe = build_recipe(args.recipe, data)
+    if args.scale is not None:
+        from onejump.recipes.scale import scaled
+
+        recipe = scaled(recipe, args.scale)
+    if args.teacher is not None:
+        recipe = distilled_from(recipe, args.teacher)
+    if args.guidance is not None:
+        recipe = with_guidance(recipe, args.guidance)
+    recipe = apply_overrides(recipe, args.overrides)
+    check_guide(args, recipe)
+    images_for(recipe.network, data)
+    return recipe
+
+
+def with_guidance(recipe: "Recipe", scale: float) -> "Recipe":
+    """With the teachers of the stages that have one guided."""
+    from dataclasses import replace
+
+    from onejump.config import Distilling
+    from onejump.types import UserError
+
+    distilling = [name for name, stage in recipe.stages.items() if isinstance(stage.method, Distilling)]
+    if not distilling:
+        raise UserError(f"--guidance {scale:g}: no stage of {recipe.name} has a teacher; leave it out")
+    guided = {name: replace(recipe.stages[name], guidance=scale) for name in distilling}
+    return replace(recipe, stages=recipe.stages | guided)
+
+
+def check_guide(args: argparse.Namespace, recipe: "Recipe") -> None:
+    from onejump.types import UserError
+
+    if args.guide is not None and all(stage.guidance == 1 for stage in recipe.stages.values()):
+        raise UserError(f"--guide {args.guide}: nothing is guided at scale 1; give --guidance, such as 2")
+
+
+def images_for_recipe(args: argparse.Namespace) -> "TrainingSet":
+    """--data; without it, images made up for a published recipe at --scale tiny."""
+    from onejump.recipes import PUBLISHED, build_recipe, names
+
+    if args.data is None and args.scale == "tiny" and args.recipe in names(PUBLISHED):
+        from onejump.recipes.scale import made_up
+
+        return made_up(build_recipe(args.recipe, None).network)
+    return images_of(args)
+
+
+def within_memory(
+    args: argparse.Namespace, recipe: "Recipe", names: list[str], data: "TrainingSet", team: "Team"
+) -> "Recipe":
+    """The stages with passes that --max-memory has room for."""
+    if args.max_memory is None:
+        return recipe
+    from dataclasses import replace
+
+    from onejump.fit import images_for
+    from onejump.memory import bytes_in, fitting
+
+    limit = bytes_in("--max-memory", args.max_memory)
+    for name in names:
+        about = (images_for(recipe.network, data), team.device, limit, team.world)
+        stage, memory = fitting(name, recipe, *about)
+        if stage != recipe.stages[name] and team.first:
+            text = f"{name}.micro_batch={stage.micro_batch}, about {memory.peak / 2**20:,.0f} MiB"
+            print(f"onejump: --max-memory {args.max_memory}: {text}", file=sys.stderr)
+        recipe = replace(recipe, stages=recipe.stages | {name: stage})
+    return recipe
+
+
+def default_out(args: argparse.Namespace) -> Path:
+    """runs/RECIPE, or runs/RECIPE-NAME for images called NAME."""
+    images = "" if args.data in (None, "digits") else f"-{Path(args.data).resolve().stem}"
+    scale = f"-{args.scale}" if args.scale else ""
+    return Path("runs") / f"{args.recipe}{scale}{images}"
+
+
+def command_of(args: argparse.Namespace, out: Path) -> str:
+    """The command that makes, or goes on with, the whole run; with --init, the very one that was given."""
+    given = [("--scale", args.scale), ("--teacher", args.teacher), ("--data", args.data), ("--size", args.size)]
+    given += [("--guidance", args.guidance), ("--guide", args.guide), ("--device", args.device), ("--out", out)]
+    name = "run"
+    if "init" in args and args.init is not None:
+        name, given = "train", [("--stage", args.stage), ("--init", args.init), *given]
+    options = [word for option, value in given if value is not None for word in (option, str(value))]
+    options += ["--skip-bad"] if args.skip_bad else []
+    options += ["--max-memory", args.max_memory] if args.max_memory else []
+    options += ["--shard", str(args.shard)] if args.shard > 1 else []
+    return shlex.join(["onejump", name, args.recipe, *args.overrides, *options])
+
+
+def run_command(args: argparse.Namespace) -> Work:
+    from onejump.cli_results import print_results
+    from onejump.distributed import in_turn
+    from onejump.fit import check_chain
+    from onejump.pipeline import check_teachers, run
+    from onejump.run_record import check_run, open_run, read_json
+    from onejump.start import Given
+
+    check_name(args.recipe)
+    team = cli_team.team_of(args.device, args.shard)
+    data, device = in_turn(team, lambda: images_for_recipe(args)), team.device
+    recipe = recipe_of(args, data)
+    recipe = within_memory(args, recipe, list(recipe.stages), data, team)
+    check_chain(recipe)
+    if args.dry_run:
+        return lambda: dry_run(recipe, list(recipe.stages), data, device)
+    out = args.out or default_out(args)
+    check_run(recipe, data, out)
+    given = Given(teacher=args.teacher, guide=args.guide)
+    check_teachers(recipe, list(recipe.stages), data, out, device, given)
+
+    def work() -> None:
+        with cli_team.alone_together(out, team, lambda: open_run(recipe, data, out, device, command_of(args, out))):
+            report = run(recipe, data, out, device, given, args.tensorboard, team)
+        if team.first:
+            if (out / "evaluation.json").exists():  # latents are not judged
+                evaluation = read_json(out / "evaluation.json")
+                print_results(evaluation["reference"], evaluation["stages"])
+            print(f"Report: {report}")
+        team.leave()
+
+    return work
+
+
+def train_command(args: argparse.Namespace) -> Work:
+    from onejump.config_json import did_you_mean
+    from onejump.distributed import in_turn
+    from onejump.evaluate import Judge, detector_for
+    from onejump.pipeline import check_teachers, train_stage
+    from onejump.run_record import check_run, open_run
+    from onejump.start import Given, start_of, starting_model
+    from onejump.types import UserError
+
+    check_name(args.recipe)
+    team = cli_team.team_of(args.device, args.shard)
+    data, device = in_turn(team, lambda: images_for_recipe(args)), team.device
+    recipe = recipe_of(args, data)
+    names = list(recipe.stages)
+    stage = args.stage or (names[0] if len(names) == 1 else None)
+    if stage not in names:
+        asked = f"no {stage!r}" if stage else "say which"
+        raise UserError(f"--stage: {asked}; there are {', '.join(names)}{did_you_mean(stage or '', names)}")
+    recipe = within_memory(args, recipe, [stage], data, team)
+    if args.dry_run:
+        return lambda: dry_run(recipe, [stage], data, device)
+    out = args.out or default_out(args)
+    check_run(recipe, data, out)
+    given = Given(args.init, args.teacher, args.guide)
+    check_teachers(recipe, [stage], data, out, device, given)
+    starting_model(recipe, stage, start_of(recipe, stage, out, given))
+
+    def work() -> None:
+        with cli_team.alone_together(out, team, lambda: open_run(recipe, data, out, device, command_of(args, out))):
+            train_stage(recipe, stage, Judge(data, detector_for(data)), out, device, given, args.tensorboard, team)
+        team.leave()
+
+    return work
+
+
+def dry_run(recipe: "Recipe", names: list[str], data: "TrainingSet", device: "torch.device") -> None:
+    from onejump.estimate import estimate_stage
+    from onejump.metrics_log import duration
+    from onejump.overrides import describe
+
+    print(describe(recipe))
+    shape = "x".join(map(str, data.shape))
+    print(f"\n{data.n} images of {shape}, {data.classes or 'no'} classes ({data.name})")
+    estimates = {name: estimate_stage(recipe, recipe.stages[name], data, device) for name in names}
+    for name, guess in estimates.items():
+        print(f"{name:<12} about {duration(guess.seconds):>8}, {guess.bytes / 2**20:,.0f} MiB on {device}")
+    total = sum(guess.seconds for guess in estimates.values())
+    print(f"{'in all':<12} about {duration(total):>8} (measured on a few passes)")

@@ -1,0 +1,98 @@
+"""Guidance in training: a guided teacher in a run, and labels that are left out so that there is one."""
+
+import shutil
+
+import pytest
+import torch
+from tiny_run import NETWORK, record
+from training_setup import run, stage_of, student
+
+from onejump.cli import main
+from onejump.config_json import from_json
+from onejump.data.augment import Seeded
+from onejump.data.digits import digits
+from onejump.guidance import NO_LABEL, drop_labels, guided, guided_sha256
+from onejump.methods.base import Nets
+from onejump.methods.dsm import DSM
+from onejump.saved import load_model, model_sha256
+from onejump.start import Given, check_same_teacher, guide_of_stage
+from onejump.teacher import load_teacher
+from onejump.types import UserError
+
+CPU = torch.device("cpu")
+TINY = [NETWORK, "teacher.steps=3", "teacher.label_dropout=0.3", "cd.steps=3", "teacher.batch=16", "cd.batch=16"]
+TINY += ["cd.method.n=5", "evaluation.n=40", "cd.guidance=3"]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    out = tmp_path_factory.mktemp("guided") / "run"
+    for stage in ("teacher", "cd"):
+        assert main(["train", "digits-cd", *TINY, "--stage", stage, "--out", str(out)]) == 0
+    return out
+
+
+def test_a_stage_follows_its_teacher_with_guidance(out):
+    """The teacher of a stage with guidance is the guided model, which counts as another for a table of its own."""
+    recipe, plain = from_json(record(out / "recipe.json")), load_model(out / "teacher").model
+    found = load_teacher(recipe, "cd", out / "teacher", digits(), CPU)
+    x, t, cond = torch.randn(4, 1, 8, 8), torch.tensor([0.1, 1.0, 5.0, 60.0]), torch.tensor([3, 1, 4, 1])
+    D_0, D_1 = plain.denoise(x, t), plain.denoise(x, t, cond=cond)
+    torch.testing.assert_close(found.saved.model.denoise(x, t, cond=cond), D_0 + 3 * (D_1 - D_0), atol=1e-5, rtol=1e-5)
+    sha = model_sha256(out / "teacher")
+    assert found.sha256 == guided_sha256(sha, 3.0) != sha
+    assert record(out / "cd" / "start.json")["teacher_sha256"] == sha
+
+
+def test_a_stage_keeps_to_the_guide_it_began_with(out, tmp_path):
+    """Which is taken again without being named, and may be no other."""
+    begun = tmp_path / "run"
+    shutil.copytree(out, begun)
+    assert guide_of_stage("cd", begun, Given()) is None
+    with pytest.raises(UserError, match="--guide .*: cd in .* began without it"):
+        check_same_teacher("cd", begun, Given(guide=str(out / "teacher")))
+    about = record(begun / "cd" / "stage.json")
+    about["guide"] = {"path": str(out / "teacher"), "sha256": model_sha256(out / "teacher")}
+    (begun / "cd" / "stage.json").write_text(str(about).replace("'", '"'))
+    assert guide_of_stage("cd", begun, Given()) == out / "teacher"
+    check_same_teacher("cd", begun, Given(guide=str(out / "teacher")))
+    with pytest.raises(UserError, match="or with another"):
+        check_same_teacher("cd", begun, Given(guide=str(out / "cd")))
+
+
+def test_a_consistency_model_cannot_be_the_guide(out):
+    recipe = from_json(record(out / "recipe.json"))
+    with pytest.raises(UserError, match="--guide .*cd: a consistency model"):
+        load_teacher(recipe, "cd", out / "teacher", digits(), CPU, out / "cd")
+
+
+def test_labels_are_left_out_by_the_place_in_the_batch_alone():
+    cond = torch.arange(4000) % 7
+    whole = drop_labels(cond, 0.25, Seeded.of(11))
+    assert abs((whole == NO_LABEL).double().mean().item() - 0.25) < 0.02
+    assert ((whole == cond) | (whole == NO_LABEL)).all()
+    for rank in range(2):  # two processes
+        assert torch.equal(drop_labels(cond[rank::2], 0.25, Seeded.of(11, rank, 2)), whole[rank::2])
+
+
+def seen_in_training(tmp_path, **how):
+    """The labels that the network is given, step by step, in micro-batches of `how`."""
+    seen, model = [], student(dropout=0.0)
+    model.net.register_forward_pre_hook(lambda net, args: seen.append(args[3].clone()))
+    run(stage_of(DSM(), steps=8, **how), tmp_path, nets=Nets(model, target=model))
+    return seen
+
+
+def test_training_leaves_labels_out_in_the_same_places_whatever_the_passes(tmp_path):
+    how = {"label_dropout": 0.4, "batch": 12}
+    whole = [cond for cond in seen_in_training(tmp_path / "a", **how, micro_batch=0) if len(cond) == 12][:8]
+    parts = [cond for cond in seen_in_training(tmp_path / "b", **how, micro_batch=6) if len(cond) == 6][:16]
+    assert 0.2 < (torch.cat(whole) == NO_LABEL).double().mean() < 0.6
+    for step, cond in enumerate(whole):
+        assert torch.equal(parts[2 * step], cond[0::2]) and torch.equal(parts[2 * step + 1], cond[1::2])
+    assert not (torch.cat(seen_in_training(tmp_path / "c", batch=12, micro_batch=0)) == NO_LABEL).any()
+
+
+def test_without_labels_a_guided_model_has_nothing_to_compare():
+    with pytest.raises(UserError, match="got neither"):
+        guided(student(dropout=0.0), 2.0).denoise(torch.zeros(2, 1, 4, 4), torch.ones(2))
