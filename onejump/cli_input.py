@@ -57,7 +57,7 @@ def check_name(recipe: str) -> None:
     from onejump.types import UserError
 
     if recipe not in NAMES:
-        raise UserError(f"recipe: no {recipe!r}; there are {', '.join(NAMES)}{did_you_mean(recipe, NAMES)}")
+        raise UserError(f"recipe: no {recipe!r}; `onejump recipes` lists all{did_you_mean(recipe, NAMES)}")
 
 
 def numbers_of(option: str, text: str, kind: type) -> list:

@@ -40,12 +40,14 @@ def add_training(made: argparse.ArgumentParser, one_stage: bool) -> None:
     made.add_argument("--size", type=int, metavar="N", help="crop and resize the images to N x N")
     made.add_argument("--skip-bad", action="store_true", help="leave images that cannot be read out, and list them")
     made.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/RECIPE[-IMAGES])")
-    made.add_argument("--teacher", metavar="MODEL", help="distil this diffusion model (CD, CTM)")
+    made.add_argument("--teacher", metavar="MODEL", help="distil this diffusion model")
     made.add_argument(
         "--scale", choices=SCALES, help="tiny: two steps a stage on a CPU; small: about an hour on one GPU"
     )
     made.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    made.add_argument("--guidance", type=float, metavar="W", help="scale of the teacher's guidance (CD, CTM; 1: none)")
+    made.add_argument(
+        "--guidance", type=float, metavar="W", help="distilling: scale of the teacher's guidance (1: none)"
+    )
     made.add_argument("--guide", metavar="MODEL", help="guide the teacher by this diffusion model, not by its labels")
     cli_team.add_option(made)
     made.add_argument("--max-memory", metavar="SIZE", help="as many images a pass as fit in it, such as 8GiB")
@@ -119,15 +121,25 @@ def within_memory(
 
     from onejump.fit import images_for
     from onejump.memory import bytes_in, fitting
+    from onejump.types import UserError
 
     limit = bytes_in("--max-memory", args.max_memory)
     for name in names:
-        about = (images_for(recipe.network, data), team.device, limit, team.world)
-        stage, memory = fitting(name, recipe, *about)
-        if stage != recipe.stages[name] and team.first:
-            text = f"{name}.micro_batch={stage.micro_batch}, about {memory.peak / 2**20:,.0f} MiB"
+        size, problem, stage = 0, None, recipe.stages[name]
+        if team.first:  # what a process holds already differs a little; what all do must not
+            try:
+                about = (images_for(recipe.network, data), team.device, limit, team.world)
+                fits, memory = fitting(name, recipe, *about)
+                size = fits.micro_batch
+            except UserError as error:
+                problem = str(error)
+        if problem := team.told(problem):
+            raise UserError(problem)
+        size = team.told(size)
+        if size != stage.micro_batch and team.first:
+            text = f"{name}.micro_batch={size}, about {memory.peak / 2**20:,.0f} MiB"
             print(f"onejump: --max-memory {args.max_memory}: {text}", file=sys.stderr)
-        recipe = replace(recipe, stages=recipe.stages | {name: stage})
+        recipe = replace(recipe, stages=recipe.stages | {name: replace(stage, micro_batch=size)})
     return recipe
 
 

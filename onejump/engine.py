@@ -18,6 +18,7 @@ from onejump.model import ConsistencyModel
 from onejump.networks.layers import Dropout, new_keys, shifted_key
 
 Forward = Callable[..., Any]  # to a map, or several
+MOST_GRAPHS = 32  # of one kind of block: sizes of maps, with and without gradients
 Backend = str | Callable[..., Any]  # of torch.compile
 
 
@@ -87,12 +88,14 @@ def compiled(block: nn.Module, kinds: dict[str, Forward], backend: Backend) -> F
     kind = repr((block, plain_attributes(block)))
     if kind not in kinds:
         kinds[kind] = copied(type(block).forward, f"forward_{len(kinds)}")
+    trains = any(p.requires_grad for p in block.parameters())
+    torch._dynamo.config.recompile_limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
     run = torch.compile(types.MethodType(kinds[kind], block), dynamic=False, backend=backend)
 
     def forward(*args: Any) -> Any:
         *maps, key = args
         key = None if key is None else shifted_key(key, shift)
-        if not torch.is_grad_enabled():
+        if not (trains and torch.is_grad_enabled()):  # targets: as many rows as need one
             for tensor in (*maps, key):
                 if tensor is not None:
                     torch._dynamo.maybe_mark_dynamic(tensor, 0)

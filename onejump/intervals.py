@@ -10,6 +10,7 @@ from onejump.hand_over import decide
 from onejump.metrics_log import RunLog
 from onejump.model import ConsistencyModel
 from onejump.run_state import Run
+from onejump.types import UserError
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,21 @@ class Keeper:
 
     def begin(self) -> None:
         if self.run.averager:
-            self.run.averager.begin(self.folder, self.run.step, writes=self.run.team.first)
+            self._all(self.run.averager.begin)
 
     def at_step(self) -> None:
         if self.run.averager and self.run.averager.due(self.run.step, self.last_step):
-            self.run.averager.save(self.folder, self.run.step, writes=self.run.team.first)
+            self._all(self.run.averager.save)
+
+    def _all(self, write: Callable[..., None]) -> None:
+        """The first process writes; where it cannot, all end with its UserError."""
+        problem = None
+        try:
+            write(self.folder, self.run.step, writes=self.run.team.first)
+        except UserError as error:
+            problem = str(error)
+        if problem := self.run.team.told(problem):
+            raise UserError(problem)
 
 
 @dataclass(frozen=True)

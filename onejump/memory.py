@@ -121,7 +121,9 @@ def step_bytes(recipe: Recipe, stage: Stage, shape: tuple[int, int, int], world:
         loss, _ = stage.method.loss(nets, x0[::micros], part, step, step)
     with fake, live:
         loss.backward()
-    return held_bytes(nets), live.peak - before + x0.nbytes
+    return held_bytes(
+        nets, 1 + len(stage.snapshots.sigma_rels if stage.snapshots else ())
+    ), live.peak - before + x0.nbytes
 
 
 class Fake(nn.Module):
@@ -165,9 +167,9 @@ def trained(nets: Nets) -> list[nn.Parameter]:
     return [p for p in nets.student.parameters() if p.requires_grad]
 
 
-def held_bytes(nets: Nets) -> int:
-    """What stays between steps: all weights, Adam's moments of what is trained, and the student's EMA."""
-    held = sum(bytes_of(net) for net in networks(nets)) + 3 * bytes_of(nets.student)
+def held_bytes(nets: Nets, averages: int = 1) -> int:
+    """What stays between steps: all weights, Adam's moments of what is trained, and averages of the student."""
+    held = sum(bytes_of(net) for net in networks(nets)) + (2 + averages) * bytes_of(nets.student)
     return held + (2 * bytes_of(nets.critic.net) if nets.critic else 0)
 
 

@@ -6,15 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from onejump.precond import EDM, Jump, Precond, ToData
-from onejump.types import Cond, DropoutKey, PerSample, Samples, Times
-
-
-def beside(values: Tensor, x: Tensor) -> Tensor:
-    """Times, indices and weights, which methods hold on the CPU, on the device of x, which is not waited for."""
-    if values.device == x.device:
-        return values
-    values = values.pin_memory() if x.device.type == "cuda" else values
-    return values.to(x.device, non_blocking=True)
+from onejump.types import Cond, DropoutKey, PerSample, Samples, Times, beside
 
 
 def per_sample(values: PerSample, x: Samples) -> Tensor:

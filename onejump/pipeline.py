@@ -196,6 +196,7 @@ def nets_of(
     if isinstance(stage.jump, AnalyticPrecond):
         wanted = stage.jump
         student.jump = in_turn(team, lambda: jump_of(wanted, teacher, data, out / name, name))
+    torch.manual_seed(mix(recipe.seed, list(recipe.stages).index(name), 0, 2))  # the same on all processes
     critic = (stage.critic.build(),) if stage.critic else ()
     return stage.method.nets(student, teacher.saved.model, *critic)
 

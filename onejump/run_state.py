@@ -21,7 +21,7 @@ from onejump.methods.continuous import ContinuousCD, ContinuousCT
 from onejump.model import ConsistencyModel
 from onejump.posthoc import Averager
 from onejump.running_sums import RunningSums
-from onejump.types import UserError
+from onejump.types import UserError, beside
 from onejump.update import Updater
 
 PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -243,8 +243,8 @@ def norms_summed(team: Team, in_pieces: list[bool], squares: Tensor) -> Tensor:
     """The square of the norm of a whole gradient, from those of its tensors' parts on this process."""
     if not team.sharded:
         return squares.sum()
-    flags = torch.tensor(in_pieces, device=squares.device)
-    return team.shard_sum(squares[flags].sum()) + squares[~flags].sum()
+    flags, zero = beside(torch.tensor(in_pieces), squares), squares.new_zeros(())
+    return team.shard_sum(torch.where(flags, squares, zero).sum()) + torch.where(flags, zero, squares).sum()
 
 
 def trained(module: nn.Module) -> list[nn.Parameter]:

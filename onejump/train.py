@@ -102,26 +102,30 @@ def train(
             with normalized(nets.student):  # EDM2's weights; here, so that the EMA has them as the steps left them
                 loss, stats = accumulate(stage, nets, x0, cond, run.step, last_step, drawn, run.at_turn.scale)
             run.update(loss, stats, (run.step - first_step) / stage.steps, last_step)
+            logs = due(run.step, every.log, last_step)
+            if logs and device.type == "cuda":
+                torch.cuda.synchronize(device)  # the line is about to wait for it; the seconds are those of the work
             run.count(time.perf_counter() - began)
-            metrics = run.log_line() if due(run.step, every.log, last_step) else None
+            metrics = run.log_line() if logs else None
             if (metrics or device.type == "cpu") and run.skipped_in_row >= min(SKIPS_IN_A_ROW, stage.steps):
                 raise diverged(run.step, run.skipped_in_row, folder)
             if metrics is not None:
                 log.metric(metrics)
             progress.update(run.step - first_step, metrics)
-            snapshots.at_step()
-            stopping = team.any(stop.requested)
-            if due(run.step, every.save, last_step) or stopping:
-                saver.save(run.step, *run.packed())
-            if stopping:
-                raise interrupted(run.step, saver, stop)
             dog.beat(run.step)
-            with dog.resting():
+            with dog.resting():  # disks may be slow, evaluations long
+                snapshots.at_step()
+                stopping = team.any(stop.requested)
+                if due(run.step, every.save, last_step) or stopping:
+                    saver.save(run.step, *run.packed())
+                if stopping:
+                    raise interrupted(run.step, saver, stop)
                 over = reports.at_step()
-        save_once(run, saver)
-        if team.any(stop.requested):  # during the last evaluation
-            raise interrupted(run.step, saver, stop)
-        saver.wait()
+        with dog.resting():
+            save_once(run, saver)
+            if team.any(stop.requested):  # during the last evaluation
+                raise interrupted(run.step, saver, stop)
+            saver.wait()
     images, path = (run.step - first_step) * stage.batch, checkpoint_path(folder, run.step)
     ema = run.whole_ema()
     return TrainResult(ema, first_step, run.step, **run.clock(), images=images, skipped=run.skipped, path=path)
@@ -158,7 +162,7 @@ def check(stage: Stage, team: Team) -> None:
         raise UserError(f"batch: {stage.batch} images do not divide among {world} processes")
     share = stage.batch // world
     passes = -(-share // (stage.micro_batch or share))
-    if isinstance(stage.core, TCM) and not stage.keeps_shares(share // passes, stage.core.rho):
+    if isinstance(stage.core, TCM) and (share % passes or not stage.keeps_shares(share // passes, stage.core.rho)):
         raise UserError(
             f"batch: {stage.batch} in {passes * world} passes would change the share of samples at t', "
             f"method.rho={stage.core.rho:.15g}; give more images or fewer processes"

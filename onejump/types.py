@@ -15,3 +15,11 @@ Cond = Tensor | None  # whatever the network wants: int64 [b] class labels, floa
 
 class UserError(ValueError):
     """A user's mistake. Its message is one line that names the field, file or value and the way out."""
+
+
+def beside(values: Tensor, x: Tensor) -> Tensor:
+    """Times, indices and weights, which methods hold on the CPU, on the device of x, which is not waited for."""
+    if values.device == x.device:
+        return values
+    values = values.pin_memory() if x.device.type == "cuda" else values
+    return values.to(x.device, non_blocking=True)

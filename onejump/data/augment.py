@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn.functional import affine_grid, conv2d, conv_transpose2d, grid_sample, pad
 
-from onejump.types import UserError
+from onejump.types import UserError, beside
 
 # The low-pass filter of the wavelet sym6: its shifts by two are orthogonal, so that an image that is upsampled and then
 # downsampled is what it was.
@@ -119,10 +119,10 @@ class AugmentPipe:
         maps, labels = self._geometry(len(images), images.shape[3], images.shape[2], draws)
         moved = (maps != torch.eye(3, dtype=maps.dtype)).flatten(1).any(1).nonzero()[:, 0]
         if len(moved):
-            rows = moved.to(images.device)
+            rows = beside(moved, images)
             images = images.index_copy(0, rows, resample(images[rows], maps[moved]))
         found = torch.cat([label.reshape(len(images), -1).float() for label in (*blitted, *labels)], 1)
-        return images, found.to(images.device)
+        return images, beside(found, images)
 
     def _blit(self, images: Picture, draws: Draws) -> tuple[Picture, list[Tensor]]:
         """Moves whole pixels."""
@@ -184,13 +184,13 @@ class AugmentPipe:
 
 
 def chosen(which: Bool[Tensor, " b"], yes: Picture, no: Picture) -> Picture:
-    return torch.where(which.to(yes.device)[:, None, None, None], yes, no)
+    return torch.where(beside(which, yes)[:, None, None, None], yes, no)
 
 
 def shifted(images: Picture, right: Int64[Tensor, " b"], up: Int64[Tensor, " b"]) -> Picture:
     """Each image moved by whole pixels; what comes in from outside is its mirror image."""
-    x = reflected(torch.arange(images.shape[3]) - right[:, None], images.shape[3]).to(images.device)
-    y = reflected(torch.arange(images.shape[2]) + up[:, None], images.shape[2]).to(images.device)
+    x = beside(reflected(torch.arange(images.shape[3]) - right[:, None], images.shape[3]), images)
+    y = beside(reflected(torch.arange(images.shape[2]) + up[:, None], images.shape[2]), images)
     b, c = (torch.arange(k, device=images.device) for k in images.shape[:2])
     return images[b[:, None, None, None], c[:, None, None], y[:, None, :, None], x[:, None, None, :]]
 
@@ -247,7 +247,7 @@ def resample(images: Picture, maps: Maps) -> Picture:
     maps = offset((left - right) / 2, (top - bottom) / 2) @ maps
     maps = offset(-0.5, -0.5) @ diagonal(2, 2) @ maps @ diagonal(0.5, 0.5) @ offset(0.5, 0.5)
     maps = diagonal(2 / wide, 2 / high) @ maps @ diagonal(out_w / 2, out_h / 2)
-    grid = affine_grid(maps[:, :2].to(images), [n, c, out_h, out_w], align_corners=False)
+    grid = affine_grid(beside(maps[:, :2].to(images.dtype), images), [n, c, out_h, out_w], align_corners=False)
     images = grid_sample(upsampled(images), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return downsampled(images)
 
@@ -264,7 +264,7 @@ def margins(maps: Maps, w: int, h: int) -> tuple[int, int, int, int]:
 
 def filters(images: Picture) -> Iterator[tuple[Tensor, tuple[int, int], tuple[int, int]]]:
     """(taps, stride, padding) of the filter along x and along y, for images as [b * c, 1, h, w]."""
-    taps = torch.tensor(SYM6, dtype=images.dtype, device=images.device)
+    taps = beside(torch.tensor(SYM6, dtype=images.dtype), images)
     yield taps.view(1, 1, 1, -1), (1, 2), (0, TAPS)
     yield taps.view(1, 1, -1, 1), (2, 1), (TAPS, 0)
 

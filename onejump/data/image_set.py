@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
-from onejump.types import Images
+from onejump.types import Images, beside
 
 SHARE_OF_DEVICE = 0.25  # of a GPU's free memory: a set that takes more stays beside it, and each step's images move
 
@@ -71,7 +71,7 @@ class Step:
 
 def mirrored(x0: Float[Tensor, "b c h w"], mirror: Bool[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
     """x0 with the images that `mirror` names turned left to right."""
-    return torch.where(mirror.to(x0.device)[:, None, None, None], x0.flip(-1), x0)
+    return torch.where(beside(mirror, x0)[:, None, None, None], x0.flip(-1), x0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,10 +154,10 @@ class ImageSet:
         """
         index, mirror = self.order(step, batch, seed, rank, world)
         images, labels = self._resident(device)
-        x0 = from_uint8(images[index.to(images.device)].to(device))
+        x0 = from_uint8(images[beside(index, images)].to(device))
         if self.flip:
             x0 = mirrored(x0, mirror)
-        return x0, None if labels is None else labels[index.to(labels.device)].to(device)
+        return x0, None if labels is None else labels[beside(index, labels)]
 
     def _resident(self, device: torch.device | str) -> tuple[Tensor, Tensor | None]:
         key = str(device)

@@ -17,7 +17,7 @@ from onejump.data.image_set import Step
 from onejump.data.latent_files import LatentFiles, latent_files
 from onejump.data.source import shown
 from onejump.data.survey import Survey, kept, looked_at
-from onejump.types import UserError
+from onejump.types import UserError, beside
 
 SIGMA_DATA = 0.5  # the deviation that training expects of x0
 NOTHING = 1e-12  # of the square of a mean: a variance that rounding alone leaves where all numbers are equal
@@ -94,7 +94,7 @@ class LatentSet:
             generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
             whole = torch.randn(batch * world, *mean.shape[1:], generator=generator, device=device)
             stored = mean + std * whole[rank::world]
-        labels = None if self.labels is None else self.labels[index].to(device)
+        labels = None if self.labels is None else beside(self.labels[index], stored)
         return self.scaling(stored), labels
 
     def pick(self, index: Int64[Tensor, " k"]) -> Float[Tensor, "k c h w"]:

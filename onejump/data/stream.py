@@ -18,7 +18,7 @@ from onejump.data.image_set import Step, from_uint8, mirrored
 from onejump.data.load import check_any, check_enough, decoded, other_size
 from onejump.data.source import Bad, Source, leave_out, shown
 from onejump.data.survey import Survey, kept
-from onejump.types import Images, UserError
+from onejump.types import Images, UserError, beside
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ class StreamedSet:
         x0 = from_uint8(images.to(device, non_blocking=True))
         if self.flip:
             x0 = mirrored(x0, wanted.order[1])
-        return x0, None if self.labels is None else self.labels[index].to(device)
+        return x0, None if self.labels is None else beside(self.labels[index], x0)
 
     def pick(self, index: Int64[Tensor, " k"]) -> Images:
         """The images at these positions."""

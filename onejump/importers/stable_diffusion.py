@@ -25,7 +25,7 @@ from onejump.types import UserError
 from onejump.vp import VPSchedule
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-KINDS = {"beta_schedule": ("scaled_linear", "linear"), "prediction_type": ("epsilon", "v_prediction")}
+KINDS = {"beta_schedule": ("linear", "scaled_linear"), "prediction_type": ("epsilon", "v_prediction")}
 PLAIN = {"trained_betas": (None,), "rescale_betas_zero_snr": (False,), "use_flow_sigmas": (False,)}
 STEPS = 50  # of the teacher's own sampler
 
@@ -95,7 +95,7 @@ def precond_of_folder(folder: Path) -> StableDiffusion:
             beta_start=float(content["beta_start"]),
             beta_end=float(content["beta_end"]),
             n=int(content.get("num_train_timesteps", 1000)),
-            spacing=content.get("beta_schedule", "scaled_linear"),
+            spacing=content.get("beta_schedule", "linear"),  # diffusers' own default
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file}: no noise levels can be made of it ({error}); copy it again") from error

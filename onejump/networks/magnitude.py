@@ -80,6 +80,9 @@ class MPConv(nn.Module):
         w = w.to(x.dtype)
         return linear(x, w) if w.ndim == 2 else conv2d(x, w, padding=w.shape[-1] // 2)
 
+    def extra_repr(self) -> str:
+        return "x".join(map(str, self.weight.shape))
+
     def magnitudes(self) -> Tensor:
         """One an output."""
         return magnitude(self.weight, tuple(range(1, self.weight.ndim)))

@@ -63,5 +63,5 @@ def build_recipe(name: str, data: "TrainingSet | None") -> "Recipe":
     from onejump.types import UserError
 
     if name not in NAMES:
-        raise UserError(f"recipe: no {name!r}; there are {', '.join(NAMES)}{did_you_mean(name, NAMES)}")
+        raise UserError(f"recipe: no {name!r}; `onejump recipes` lists all{did_you_mean(name, NAMES)}")
     return records()[name].build(data)
