@@ -66,6 +66,10 @@ def print_record(name: str) -> None:
     print("\nCommand")
     for line in record.command.splitlines():
         print(f"  {line}")
+    if record.gflop:
+        how = f"--steps {','.join(map(str, recipe.evaluation.steps))} --n {recipe.evaluation.n}"
+        print("\nThe paper's kind of FID of RUN, that run's folder, against X, the images that it was trained on")
+        print(f"  onejump evaluate RUN --data X --detector inception-2048 {how}")
     print("\nConfiguration (each line is an override)")
     print(describe(recipe))
 

@@ -35,7 +35,10 @@ def ict(name: str, network: SongUNetConfig | ADMUNetConfig) -> Recipe:
     return published(name, network, {"ict": stage})
 
 
-PAPER, COMMON = "Song & Dhariwal 2024 (iCT)", "rate, batch, steps, EMA, dropout, network: by memory or later papers"
+PAPER, COMMON = (
+    "Song & Dhariwal 2024 (iCT)",
+    "rate, batch, steps, EMA, dropout, network, second time of sampling: later papers",
+)
 DEEP = "TCM's table prints {:g} M, twice the base; doubling the blocks makes {:g} M."
 NO_ADAGN = "TCM's table prints 296 M, with adaptive group norm (network.scale_shift=true), which iCT removes: 282.2 M."
 
