@@ -22,7 +22,7 @@ from onejump.data.training_set import TrainingSet
 from onejump.distributed import Team
 from onejump.engine import Engine
 from onejump.fit import network_of
-from onejump.memory import held_bytes, models, nets_for, typical_step
+from onejump.memory import held_bytes, nets_for, typical_step
 from onejump.methods.base import Nets
 from onejump.methods.ect import ECT
 from onejump.methods.tcm import TCM
@@ -91,7 +91,7 @@ class Plain:
         half = PRECISIONS[stage.precision]
         self.name = PLAIN if half is None else f"{PLAIN} {stage.precision}"
         self.stage, self.nets, self.data, self.seed, self.device = stage, nets, data, seed, device
-        for model in models(nets):
+        for model in nets.models:
             model.autocast = half
         self.plain = PlainStep.of(stage, nets, copy.deepcopy(nets.student).requires_grad_(False))
         for p in nets.student.parameters():

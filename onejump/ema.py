@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import nn
 
 from onejump.types import UserError
 
@@ -157,9 +155,3 @@ def mix(have: Sequence[Profile], wanted: Profile, first_step: int = 0) -> Mix:
     error = math.sqrt(max(norm - 2 * x @ target + x @ gram @ x, 0) / norm)
     weights[used] = np.where(np.abs(x) < NEGLIGIBLE, 0, x)
     return Mix(wanted, tuple(weights.tolist()), error)
-
-
-@torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, beta: float) -> None:
-    """Parameters are averaged, buffers are left as they are."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - beta)

@@ -3,7 +3,6 @@
 import itertools
 import sys
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -29,6 +28,7 @@ from onejump.methods.tcm import TCM
 from onejump.model import ConsistencyModel
 from onejump.networks.layers import Buildable
 from onejump.precond import Euler
+from onejump.run_state import PRECISIONS, trained
 from onejump.times import random_steps
 from onejump.types import Samples, UserError
 
@@ -107,13 +107,13 @@ def step_bytes(recipe: Recipe, stage: Stage, shape: tuple[int, int, int], world:
         x0 = torch.zeros(share, *shape)
         cond = labels_for(recipe, stage, share)
     Engine().prepare(nets.student, checkpointing=stage.checkpointing)
-    for model in models(nets):
-        model.autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(stage.precision)
+    for model in nets.models:
+        model.autocast = PRECISIONS[stage.precision]
         model.through(Fake(model.net, fake, live))
     step, before = typical_step(stage), live.now
     if micros > 1:  # the gradients of the passes before are there
         with fake, live:
-            for p in trained(nets):
+            for p in trained(nets.student):
                 p.grad = torch.zeros_like(p)
     live.peak = live.now
     with live, draws.rows(0, micros * world, share * world):
@@ -148,23 +148,9 @@ def labels_for(recipe: Recipe, stage: Stage, n: int) -> Tensor | None:
     return blank_cond(recipe.network, n)
 
 
-def models(nets: Nets) -> Iterator[ConsistencyModel]:
-    """All that a step runs but the critic."""
-    yield nets.student
-    yield from nets.frozen
-    if nets.teacher:
-        yield nets.teacher
-    if nets.average:
-        yield nets.average.model
-
-
 def networks(nets: Nets) -> list[nn.Module]:
     """All that a step runs."""
-    return [*models(nets), *([nets.critic.net] if nets.critic else [])]
-
-
-def trained(nets: Nets) -> list[nn.Parameter]:
-    return [p for p in nets.student.parameters() if p.requires_grad]
+    return [*nets.models, *([nets.critic.net] if nets.critic else [])]
 
 
 def held_bytes(nets: Nets, averages: int = 1) -> int:

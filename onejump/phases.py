@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onejump.memory import models
 from onejump.methods.base import Nets
 
 PHASES = ("data", "forward", "target", "backward", "optimiser", "EMA", "other")
@@ -55,7 +54,7 @@ def watched(nets: Nets, phases: Phases) -> Iterator[None]:
             out.register_hook(lambda grad: phases.enter("backward"))
 
     handles = []
-    for model in models(nets):
+    for model in nets.models:
 
         def began(module: nn.Module, args: Any, is_student: bool = model is nets.student) -> None:
             before(is_student, len(args[0]))

@@ -4,7 +4,7 @@ import copy
 import functools
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from onejump.methods.continuous import ContinuousCD, ContinuousCT
 from onejump.model import ConsistencyModel
 from onejump.posthoc import Averager
 from onejump.running_sums import RunningSums
-from onejump.types import UserError, beside
+from onejump.types import UserError
 from onejump.update import Updater
 
 PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -60,25 +60,25 @@ class Run:
         team = team or Team(device=device)
         nets.student.to(device)
         ema = copy.deepcopy(nets.student).eval().requires_grad_(False)
-        average = (nets.average.model,) if nets.average else ()
-        teacher = (nets.teacher,) if nets.teacher else ()
-        for model in (nets.student, *average, *nets.frozen, *teacher):
-            model.to(device).train(model not in teacher).autocast = PRECISIONS[stage.precision]
+        for model in nets.models:
+            model.to(device).train(model is not nets.teacher).autocast = PRECISIONS[stage.precision]
         frozen = checksum_of_frozen(stage, nets)
         backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
         for backend in backends:
             backend.allow_tf32 = stage.precision == "tf32"  # fp32 is what it says, as in the published runs
         scaled = stage.precision == "fp16"
         frame = hollow(ema) if team.sharded else None
-        prepare(stage, nets.student, (ema, *average, *nets.frozen, *teacher), ema, team)
+        prepare(stage, nets, ema, team)
         critic = None
         if nets.critic:
             nets.critic.net.to(device).train()
             critic = Updater(nets.critic.optimizer, trained(nets.critic.net), scaled=scaled)
         averager = averager_of(stage, nets.student, first_step)
-        averages: list[Any] = [followers(nets.student, model) for model in (ema, *average)]
+        averages: list[Any] = [followers(nets.student, ema)]
+        averages += [followers(nets.student, nets.average.model)] if nets.average else []
         averages += averager.lists if averager else []
-        summed = functools.partial(norms_summed, team, [spread(p) for p in trained(nets.student)])
+        in_pieces = torch.tensor([spread(p) for p in trained(nets.student)], device=device)
+        summed = functools.partial(norms_summed, team, in_pieces)
         return cls(
             stage=stage,
             nets=nets,
@@ -239,32 +239,26 @@ def checksum_of_frozen(stage: Stage, nets: Nets) -> str:
     return frozen.hexdigest()
 
 
-def norms_summed(team: Team, in_pieces: list[bool], squares: Tensor) -> Tensor:
+def norms_summed(team: Team, in_pieces: Tensor, squares: Tensor) -> Tensor:
     """The square of the norm of a whole gradient, from those of its tensors' parts on this process."""
     if not team.sharded:
         return squares.sum()
-    flags, zero = beside(torch.tensor(in_pieces), squares), squares.new_zeros(())
-    return team.shard_sum(torch.where(flags, squares, zero).sum()) + torch.where(flags, zero, squares).sum()
+    zero = squares.new_zeros(())
+    return team.shard_sum(torch.where(in_pieces, squares, zero).sum()) + torch.where(in_pieces, zero, squares).sum()
 
 
 def trained(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
-def prepare(
-    stage: Stage,
-    student: ConsistencyModel,
-    others: Sequence[ConsistencyModel],
-    ema: ConsistencyModel,
-    team: Team,
-) -> None:
+def prepare(stage: Stage, nets: Nets, ema: ConsistencyModel, team: Team) -> None:
     """How the networks run, on this device and on these processes."""
     engine = Engine.for_device(team.device)
     engine = replace(engine, channels_last=engine.channels_last and not team.sharded)  # FSDP2 wants rows of weights
-    for model in (student, *others):
+    for model in (ema, *nets.models):
         how = replace(engine, compiled=engine.compiled and model is not ema)  # which other code copies and saves
-        how.prepare(model, checkpointing=stage.checkpointing and model is student)
-        team.wrap(model, trained=model is student and not isinstance(stage.method, BY_HAND))
+        how.prepare(model, checkpointing=stage.checkpointing and model is nets.student)
+        team.wrap(model, trained=model is nets.student and not isinstance(stage.method, BY_HAND))
 
 
 def averager_of(stage: Stage, student: ConsistencyModel, first_step: int) -> Averager | None:

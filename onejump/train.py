@@ -24,14 +24,13 @@ from onejump.distributed import Team, apart
 from onejump.guidance import drop_labels
 from onejump.intervals import Every, Keeper, Reports, due
 from onejump.methods.base import Nets, Stats, together
-from onejump.methods.continuous import ContinuousCD, ContinuousCT
 from onejump.methods.ctm import CTM
 from onejump.methods.ctm_gan import CTMGAN
 from onejump.methods.tcm import TCM
 from onejump.metrics_log import Progress, RunLog
 from onejump.model import ConsistencyModel
 from onejump.networks.magnitude import normalized
-from onejump.run_state import Run
+from onejump.run_state import BY_HAND, Run
 from onejump.saver import Saver
 from onejump.signals import Interrupted, StopOnSignal
 from onejump.types import Cond, Samples, UserError
@@ -39,7 +38,7 @@ from onejump.watchdog import Watchdog
 
 SKIPS_IN_A_ROW = 10
 PASSES, AUGMENT, LABELS = 0, 1, 2  # what a seed is for
-WHOLE_ONLY = (CTM, CTMGAN, ContinuousCT, ContinuousCD)  # methods whose weights must be in one piece
+WHOLE_ONLY = (CTM, CTMGAN, *BY_HAND)  # methods whose weights must be in one piece
 
 
 @dataclass(frozen=True)

@@ -107,11 +107,10 @@ def test_cost_is_told_beside_that_of_a_training_of_the_paper(table, teacher, cap
     again.with_suffix(".html").unlink()
 
 
-def test_precond_goes_on_after_ctrl_c_to_the_same_bits(teacher, tmp_path, capsys):
-    argv = ["precond", str(teacher), "--times", "60", "--samples", "256", "--out"]
-    killed, partial = tmp_path / "killed.json", tmp_path / "killed.partial.json"
+def stopped_at(partial, argv):
+    """A process that gets Ctrl-C once this file is there, and what it said."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "onejump", *argv, str(killed)],
+        [sys.executable, "-m", "onejump", *argv],
         stderr=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).parent.parent,
@@ -121,7 +120,17 @@ def test_precond_goes_on_after_ctrl_c_to_the_same_bits(teacher, tmp_path, capsys
             break
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, words = process.communicate(timeout=60)
+    return process, process.communicate(timeout=60)[1]
+
+
+def test_precond_goes_on_after_ctrl_c_to_the_same_bits(teacher, tmp_path, capsys):
+    argv = ["precond", str(teacher), "--times", "60", "--samples", "256", "--out"]
+    killed, partial = tmp_path / "killed.json", tmp_path / "killed.partial.json"
+    for _ in range(5):  # a busy machine may let it end before the signal
+        killed.unlink(missing_ok=True)
+        process, words = stopped_at(partial, [*argv, str(killed)])
+        if process.returncode != 0:
+            break
     assert process.returncode == 130 and "goes on from there" in words and "Traceback" not in words
     assert partial.exists() and not killed.exists()
     assert main([*argv, str(killed)]) == 0 and main([*argv, str(tmp_path / "whole.json")]) == 0

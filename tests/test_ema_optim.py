@@ -3,8 +3,9 @@ import pytest
 import torch
 from golden_data import f64, golden
 
-from onejump.ema import ConstantEMA, PowerEMA, gamma_of, sigma_rel, update_ema
+from onejump.ema import ConstantEMA, PowerEMA, gamma_of, sigma_rel
 from onejump.optim import ConstantRate, CosineRate, InverseSqrtRate
+from onejump.update import lerp
 
 
 def test_power_function_decay():
@@ -25,7 +26,7 @@ def test_power_ema_of_a_training_run_equals_the_published_codes(key, std):
     model, ema = torch.nn.Linear(8, 1, bias=False).double(), torch.nn.Linear(8, 1, bias=False).double()
     for n, theta in enumerate(data["track/params_per_step"], start=1):
         model.weight.data = f64(theta)[None]
-        update_ema(ema, model, PowerEMA(gamma_of(std)).decay(n))
+        lerp([ema.weight.data], [model.weight.data], 1 - PowerEMA(gamma_of(std)).decay(n), torch.zeros(()))
     np.testing.assert_allclose(ema.weight[0].detach().numpy(), data[key], rtol=1e-6)
 
 
@@ -35,7 +36,7 @@ def test_constant_ema_is_the_geometric_average():
     thetas = torch.randn(20, 1, 3, dtype=torch.float64)
     for theta in thetas:
         model.weight.data = theta
-        update_ema(ema, model, ConstantEMA(0.9).decay(1))
+        lerp([ema.weight.data], [model.weight.data], 1 - ConstantEMA(0.9).decay(1), torch.zeros(()))
     direct = 0.9**20 * start + sum(0.1 * 0.9 ** (19 - i) * theta for i, theta in enumerate(thetas))
     torch.testing.assert_close(ema.weight.detach(), direct, rtol=1e-12, atol=1e-14)
 

@@ -1,6 +1,7 @@
 """Sets that come as arrays: .npz and .npy files, and what every reader of arrays checks."""
 
 import os
+import threading
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from onejump.types import UserError
 ENDINGS = (".zip", ".npz", ".npy", ".tar", ".tar.gz", ".tgz", ".gz", ".bin")
 MAPPED = 256 * 2**20  # bytes from which an array of a .npz stays in its file
 MAX_HEADER = 10_000  # characters that describe an array
+# numpy reads a header with Python's compiler, in which two threads trip over each other (3.11)
+HEADERS = threading.Lock()
 
 
 def name_of(path: Path) -> str:

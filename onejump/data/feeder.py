@@ -66,11 +66,10 @@ class Feeder:
     def _threads(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(self.workers, "feeder")
 
-    def take(self, step: Step, pin: bool = False) -> tuple[Tensor, Tensor]:
-        """(samples of this step [b, *shape], their numbers int64 [b]), on the CPU.
-
-        With `pin` the samples are in memory that a GPU copies from directly.
-        """
+    def take(self, step: Step, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """(samples of this step [b, *shape], on the device, which is not waited for; their numbers int64 [b])."""
+        device = torch.device(device)
+        pin = device.type == "cuda"  # in memory that a GPU copies from directly
         with self._lock:
             window = [replace(step, step=step.step + k) for k in range(self.ahead + 1)]
             for left in self._under_way.keys() - set(window):
@@ -79,7 +78,8 @@ class Feeder:
                 if each not in self._under_way:
                     self._under_way[each] = self._begin(each, pin)
             wanted = self._under_way.pop(step)
-        return wanted.result()
+        samples, numbers = wanted.result()
+        return samples.to(device, non_blocking=True), numbers
 
     def rows(self, index: Tensor) -> Tensor:
         """The samples with these numbers; for a damaged one, the next good one in the set's order."""

@@ -8,7 +8,7 @@ from zipfile import ZipFile, is_zipfile
 
 import numpy as np
 
-from onejump.data.arrays import MAX_HEADER
+from onejump.data.arrays import HEADERS, MAX_HEADER
 from onejump.data.feeder import DiskError
 from onejump.data.layout import LABELS, labelled_by_file, labelled_by_folders
 from onejump.data.source import MAX_LABEL, SUFFIXES, Source, line, numbered, shown, telling
@@ -118,7 +118,8 @@ def _parsed(source: Source, name: str) -> np.ndarray:
         raise
     where = f"{shown(name)} in {source.path}"
     try:
-        array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False, max_header_size=MAX_HEADER)
+        with HEADERS:
+            array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False, max_header_size=MAX_HEADER)
     except Exception as error:
         raise UserError(f"{where} cannot be read ({line(error)}): replace or remove it") from error
     if array.dtype.kind != "f" or array.ndim != 3:

@@ -85,17 +85,10 @@ class LatentSet:
         self, step: int, batch: int, seed: int, rank: int = 0, world: int = 1, device: torch.device | str = "cpu"
     ) -> tuple[Float[Tensor, "b c h w"], Int64[Tensor, " b"] | None]:
         """Latents of one step as (x0 float32 of deviation 0.5, labels or None); in the order of `ImageSet`."""
-        wanted, device = Step(self.n, step, batch, seed, rank, world), torch.device(device)
-        stored, index = self.feeder.take(wanted, pin=device.type == "cuda")
-        stored = stored.to(device, non_blocking=True)
-        if self.moments:
-            mean, std = stored.chunk(2, dim=1)
-            digest = sha256(f"noise of the latents, seed {seed}, step {step}".encode()).digest()
-            generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            whole = torch.randn(batch * world, *mean.shape[1:], generator=generator, device=device)
-            stored = mean + std * whole[rank::world]
-        labels = None if self.labels is None else beside(self.labels[index], stored)
-        return self.scaling(stored), labels
+        wanted = Step(self.n, step, batch, seed, rank, world)
+        stored, index = self.feeder.take(wanted, device)
+        z = drawn(stored, wanted) if self.moments else stored
+        return self.scaling(z), None if self.labels is None else beside(self.labels[index], z)
 
     def pick(self, index: Int64[Tensor, " k"]) -> Float[Tensor, "k c h w"]:
         """The latents at these positions, as they lie: raw, with their deviations where they have some."""
@@ -105,6 +98,15 @@ class LatentSet:
         """All latents, as they lie, and labels in the set's order, at most `size` at once."""
         for latents, index in self.feeder.chunks(size):
             yield latents, None if self.labels is None else self.labels[index]
+
+
+def drawn(moments: Float[Tensor, "b c2 h w"], step: Step) -> Float[Tensor, "b c h w"]:
+    """z = mean + deviation * eps of means and then deviations; eps is drawn, from (seed, step), for all processes."""
+    mean, std = moments.chunk(2, dim=1)
+    digest = sha256(f"noise of the latents, seed {step.seed}, step {step.step}".encode()).digest()
+    generator = torch.Generator(mean.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    eps = torch.randn(step.batch * step.world, *mean.shape[1:], generator=generator, device=mean.device)
+    return mean + std * eps[step.rank :: step.world]
 
 
 def open_latents(

@@ -58,9 +58,9 @@ class StreamedSet:
         self, step: int, batch: int, seed: int, rank: int = 0, world: int = 1, device: torch.device | str = "cpu"
     ) -> tuple[Float[Tensor, "b c h w"], Int64[Tensor, " b"] | None]:
         """What `ImageSet.batch` gives for these arguments; the steps that follow are decoded meanwhile."""
-        wanted, device = Step(self.n, step, batch, seed, rank, world), torch.device(device)
-        images, index = self.feeder.take(wanted, pin=device.type == "cuda")
-        x0 = from_uint8(images.to(device, non_blocking=True))
+        wanted = Step(self.n, step, batch, seed, rank, world)
+        images, index = self.feeder.take(wanted, device)
+        x0 = from_uint8(images)
         if self.flip:
             x0 = mirrored(x0, wanted.order[1])
         return x0, None if self.labels is None else beside(self.labels[index], x0)

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from onejump.data.image_set import from_uint8
-from onejump.types import Images, Samples, UserError
+from onejump.types import Images, Samples, UserError, beside
 
 PIPELINE = "StableDiffusionPipeline"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -101,17 +101,17 @@ class TextEncoder:
 
     def __call__(self, texts: Sequence[str]) -> Float[Tensor, "b tokens width"]:
         """The last hidden state, float32, padded to the encoder's length; longer texts are cut, once with a warning."""
-        device = next(self.network.parameters()).device
-        asked = list(texts)
+        asked, parameter = list(texts), next(self.network.parameters())
         found = self.tokenizer(
             asked, padding="max_length", max_length=self.tokens, truncation=True, return_tensors="pt"
         )
-        self._warn(asked)
+        self._warn([text for text, full in zip(asked, found.attention_mask.all(1).tolist(), strict=True) if full])
         with torch.no_grad():
-            return self.network(found.input_ids.to(device)).last_hidden_state.float()
+            return self.network(beside(found.input_ids, parameter)).last_hidden_state.float()
 
     def _warn(self, texts: list[str]) -> None:
-        if self.known:
+        """Of those that fill the encoder's length, which may have been cut."""
+        if self.known or not texts:
             return
         for text, ids in zip(texts, self.tokenizer(texts, verbose=False).input_ids, strict=True):
             if len(ids) > self.tokens:

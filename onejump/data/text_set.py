@@ -7,9 +7,8 @@ FOLDER/text.json           what the parts are together; comes last
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from onejump.data.arrays import HEADERS
 from onejump.data.feeder import WORKERS, Feeder, one_by_one
 from onejump.data.image_set import Step
+from onejump.data.latents import drawn
 from onejump.data.source import DiskError, line
 from onejump.data.text_parts import TextEncoder, read_config, text_encoder, text_sha256
 from onejump.types import UserError
@@ -44,6 +45,7 @@ class TextSet:
     parts: dict[str, str]
     labels: None = None
     class_names: tuple[str, ...] = ()
+    _encoders: dict[str, TextEncoder] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -74,21 +76,19 @@ class TextSet:
 
     def encoder(self, device: torch.device | str) -> TextEncoder:
         """Raises UserError if the text encoder is gone, or another one than when the captions were prepared."""
-        check_encoder(self.path, self.folder, self.parts["text_sha256"])
-        return text_encoder(self.folder, torch.device(device))
+        key = str(device)
+        if key not in self._encoders:  # looked at once, and not at every step
+            check_encoder(self.path, self.folder, self.parts["text_sha256"])
+            self._encoders[key] = text_encoder(self.folder, torch.device(device))
+        return self._encoders[key]
 
     def batch(
         self, step: int, batch: int, seed: int, rank: int = 0, world: int = 1, device: torch.device | str = "cpu"
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b tokens width"]]:
         """(scaled latents x0, embeddings of their captions) of one step, float32; in the order of `ImageSet`."""
-        wanted, device = Step(self.n, step, batch, seed, rank, world), torch.device(device)
-        stored, index = self.feeder.take(wanted, pin=device.type == "cuda")
-        mean, std = stored.to(device, non_blocking=True).float().chunk(2, dim=1)
-        digest = sha256(f"noise of the latents, seed {seed}, step {step}".encode()).digest()
-        generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        whole = torch.randn(batch * world, *mean.shape[1:], generator=generator, device=device)
-        x0 = (mean + std * whole[rank::world]) * self.scaling
-        return x0, self.encoder(device)(self.captions(index))
+        wanted = Step(self.n, step, batch, seed, rank, world)
+        stored, index = self.feeder.take(wanted, device)
+        return drawn(stored.float(), wanted) * self.scaling, self.encoder(device)(self.captions(index))
 
     def pick(self, index: Int64[Tensor, " k"]) -> Tensor:
         """Means and deviations at these positions, raw."""
@@ -133,7 +133,8 @@ def latent(path: Path, starts: tuple[int, ...], shape: tuple[int, ...], k: int) 
     part = int(np.searchsorted(starts, k, side="right")) - 1
     file = path / f"part-{part:06d}.npy"
     try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
+        with HEADERS:
+            array = np.load(file, mmap_mode="r", allow_pickle=False)
         found = np.array(array[k - starts[part]])
     except OSError as error:
         raise DiskError(f"{file} cannot be read ({line(error)}): prepare the latents again") from error

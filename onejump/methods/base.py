@@ -59,6 +59,12 @@ class Nets:
     critic: Critic | None = None
     solver: Solver | None = None
 
+    @property
+    def models(self) -> tuple[ConsistencyModel, ...]:
+        """All that a step runs but the critic."""
+        average = (self.average.model,) if self.average else ()
+        return (self.student, *average, *self.frozen, *((self.teacher,) if self.teacher else ()))
+
 
 @runtime_checkable
 class Method(Protocol):

@@ -174,7 +174,7 @@ def test_every_tap_equals_the_network_written_out_in_float64(written, pytorch_fi
     for tap in expected:
         assert expected[tap].std() > 0.01, tap  # the random network passes something on
         gap = (found[tap].double() - expected[tap]).abs().max() / expected[tap].abs().max()
-        assert gap < 2e-6, (tap, gap)
+        assert gap < 5e-6, (tap, gap)  # float32's rounding, in whatever order a layout sums
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # scripting, here only to write a file
