@@ -5,8 +5,10 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import conftest  # noqa: F401  (annotations are checked there too)
@@ -17,22 +19,43 @@ from onejump.join import join
 HEAVY = ("processes", "training_setup", "onejump.sharded", "torch.distributed.fsdp")  # imported once for all of them
 
 
+@contextmanager
+def warm() -> Iterator[ForkServerContext]:
+    """Where processes are forked from one that has torch and ours imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(HEAVY))
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # for the server that forks them
+    yield context
+    os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+
+
+def life(function: Callable[..., Any], *args: Any) -> int | None:
+    """How a process that calls this ends: 0, or minus the signal that killed it."""
+    with warm() as context:
+        process = context.Process(target=alone, args=(function, *args))
+        process.start()
+    process.join(120)
+    return process.exitcode
+
+
+def alone(function: Callable[..., Any], *args: Any) -> None:
+    torch.set_num_threads(1)
+    function(*args)
+
+
 class Crew:
     """Up to `size` processes."""
 
     def __init__(self, size: int):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(HEAVY))
-        before = os.environ.get("PYTHONPATH")
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # for the server that forks them
         self.pipes, self.processes = [], []
-        for _ in range(size):
-            here, there = context.Pipe()
-            process = context.Process(target=serve, args=(there,), daemon=True)
-            process.start()
-            self.pipes.append(here)
-            self.processes.append(process)
-        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+        with warm() as context:
+            for _ in range(size):
+                here, there = context.Pipe()
+                process = context.Process(target=serve, args=(there,), daemon=True)
+                process.start()
+                self.pipes.append(here)
+                self.processes.append(process)
 
     def run(self, world: int, function: Callable[..., Any], *args: Any, shard: int = 1) -> list[Any]:
         """What function(team, *args) returns on each of `world` processes."""

@@ -2,14 +2,13 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from processes import life
 from training_setup import Recorder, run, stage_of, student
 
 from onejump.checkpoint import load_checkpoint
@@ -226,16 +225,7 @@ def driver(out: Path, kill_after: int, delay: float) -> None:
 def test_killed_five_times_at_random_moments_ends_with_the_same_bits(tmp_path):
     run(stage_of(TCM(), steps=90), tmp_path / "straight", every=Every(10, 2, 7, 9))
     rng = random.Random(time.time_ns())
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(["tests", "."])}
     for kill_after in (12, 25, 38, 51, 64, 1000):
-        arguments = [sys.executable, __file__, str(tmp_path / "killed"), str(kill_after), str(rng.uniform(0, 0.03))]
-        ended = subprocess.run(
-            arguments, env=environment, cwd=Path(__file__).parent.parent, capture_output=True, text=True
-        )
-        assert ended.returncode == (0 if kill_after == 1000 else -signal.SIGKILL), ended.stderr
+        ended = life(driver, tmp_path / "killed", kill_after, rng.uniform(0, 0.03))
+        assert ended == (0 if kill_after == 1000 else -signal.SIGKILL)
     assert_equal_runs(tmp_path / "straight", tmp_path / "killed")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    driver(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
