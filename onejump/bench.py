@@ -18,6 +18,7 @@ from torch.nn.functional import conv2d
 from onejump.config import Recipe, Stage
 from onejump.cost import Live, flops_of, shape_of
 from onejump.data.image_set import ImageSet
+from onejump.data.noise_texts import NoiseTexts
 from onejump.data.training_set import TrainingSet
 from onejump.distributed import Team
 from onejump.engine import Engine
@@ -28,6 +29,7 @@ from onejump.methods.ect import ECT
 from onejump.methods.tcm import TCM
 from onejump.networks.magnitude import normalize_weights, normalized
 from onejump.networks.song_unet import SongUNetConfig
+from onejump.networks.text_unet import TextUNetConfig
 from onejump.phases import Phases, watched
 from onejump.plain import PlainStep, has_plain_form
 from onejump.run_record import device_name, versions
@@ -51,8 +53,12 @@ def cifar10() -> Recipe:
     return Recipe("ect-tcm", SongUNetConfig(), stages)
 
 
-def noise_images(recipe: Recipe, batch: int) -> ImageSet:
-    """Images of the network's shape."""
+def noise_images(recipe: Recipe, batch: int) -> ImageSet | NoiseTexts:
+    """What the recipe's network is trained on."""
+    network = recipe.network
+    if isinstance(network, TextUNetConfig):
+        text = torch.randn(batch, network.tokens, network.text_width)
+        return NoiseTexts(torch.randn(batch, *shape_of(network)), text)
     classes = recipe.network.label_dim
     pixels = torch.randint(0, 256, (4 * batch, *shape_of(recipe.network)), dtype=torch.uint8)
     labels = torch.arange(4 * batch) % classes if classes else None

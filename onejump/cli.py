@@ -24,6 +24,7 @@ from onejump import (
     cli_show,
     cli_training,
 )
+from onejump.cli_input import Parser, out_of_memory
 
 Work = Callable[[], None]
 
@@ -67,10 +68,10 @@ def speaker() -> str:
 
 def read(argv: list[str] | None) -> argparse.Namespace:
     """Options and overrides in any order (argparse alone takes overrides only in one piece)."""
-    top = parser()
-    args, rest = top.parse_known_args(argv)
+    args, rest = parser().parse_known_args(argv)
     if any(word.startswith("-") for word in rest) or (rest and "overrides" not in args):
-        top.error(f"unrecognized arguments: {' '.join(rest)}")
+        more = f" and {len(rest) - 3} more" if len(rest) > 3 else ""  # a shell's pattern may have become thousands
+        args.parser.error(f"unrecognized arguments: {' '.join(rest[:3])}{more}")
     if rest:
         args.overrides += rest
     return args
@@ -78,8 +79,6 @@ def read(argv: list[str] | None) -> argparse.Namespace:
 
 def unexpected(error: Exception, argv: list[str]) -> int:
     """Training that was asked to stop is no failure; a full disk is one line; the rest is a defect of ours."""
-    from torch import OutOfMemoryError
-
     from onejump.signals import Interrupted
 
     if isinstance(error, Interrupted):
@@ -92,14 +91,14 @@ def unexpected(error: Exception, argv: list[str]) -> int:
         way_out = "; free space and run the same command again" if error.errno in (ENOSPC, EDQUOT) else ""
         print(f"onejump: {where}{error.strerror or error}{way_out}", file=sys.stderr)
         return 1
-    if isinstance(error, MemoryError | OutOfMemoryError):
-        print("onejump: out of memory; in training, a smaller STAGE.micro_batch needs less", file=sys.stderr)
+    if told := out_of_memory(error, argv[0]):
+        print(f"{speaker()}: {told}", file=sys.stderr)
         return 1
     raise error
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="onejump", description="Images in one or two network calls: consistency models.")
+    top = Parser(prog="onejump", description="Images in one or two network calls: consistency models.")
     top.add_argument("--version", action="version", version=f"onejump {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -109,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
         made = commands.add_parser(
             name, help=text, description=text, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        made.set_defaults(command=command)
+        made.set_defaults(command=command, parser=made)
         return made
 
     cli_training.add_commands(add)

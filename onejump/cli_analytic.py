@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onejump.cli_input import check_seed, device_of, images_of
+from onejump.cli_sampling import add_guidance, guided_as_asked
 
 if TYPE_CHECKING:
     from onejump.alignment import Alignment
@@ -55,18 +56,23 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 def add_data(made: argparse.ArgumentParser) -> None:
     made.add_argument("--data", metavar="PATH", help="folder or zip of the teacher's images (default: digits)")
     made.add_argument("--size", type=int, metavar="N", help="crop and resize them to N x N")
+    add_guidance(made)
     made.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     made.add_argument("--device", help="cpu, cuda, ...")
 
 
 def teacher_of(args: argparse.Namespace) -> "tuple[SavedModel, TrainingSet]":
-    """The teacher, on its device, and its images; without labels if it knows no classes."""
+    """The teacher, on its device, guided if asked for, and its images; without labels if it knows no classes."""
+    from onejump.data.text_parts import is_stable_diffusion
     from onejump.fit import images_for
     from onejump.saved import load_model
     from onejump.teacher import check_diffusion, check_images
+    from onejump.types import UserError
 
     path = Path(args.teacher)
     check_seed(args.seed)
+    if is_stable_diffusion(path):
+        raise UserError(f"{path}: Stable Diffusion, for which no such table is made; give a diffusion model of images")
     saved = load_model(path)
     check_diffusion(saved, path)
     data = images_of(args)
@@ -74,7 +80,15 @@ def teacher_of(args: argparse.Namespace) -> "tuple[SavedModel, TrainingSet]":
         data = images_for(saved.network, data)
     check_images(saved, path, data)
     saved.model.to(device_of(args.device))
-    return saved, data
+    return guided_as_asked(args, path, saved), data
+
+
+def sha256_of(args: argparse.Namespace) -> str:
+    """Of the teacher with its guidance, as tables and runs name it."""
+    from onejump.guidance import guided_sha256
+    from onejump.saved import model_sha256
+
+    return guided_sha256(model_sha256(Path(args.teacher)), args.guidance, args.guide)
 
 
 def range_of(saved: "SavedModel") -> tuple[float, float, float]:
@@ -104,10 +118,9 @@ def precond_command(args: argparse.Namespace) -> Work:
 
 def precond(args: argparse.Namespace, saved: "SavedModel", data: "TrainingSet", estimator: "Estimator") -> None:
     from onejump.analytic_page import cost
-    from onejump.saved import model_sha256
     from onejump.teacher import estimate_table
 
-    table = estimate_table(saved, model_sha256(Path(args.teacher)), data, estimator, args.out, "precond")
+    table = estimate_table(saved, sha256_of(args), data, estimator, args.out, "precond")
     print(f"Table: {args.out} ({table.seconds:.1f} s)\nPage: {args.out.with_suffix('.html')}\nCost: {cost(table)}")
 
 
@@ -151,7 +164,6 @@ def jumps_for(args: argparse.Namespace, saved: "SavedModel", student: "SavedMode
     from onejump.analytic_page import BACKWARD, EULER, FORWARD
     from onejump.analytic_table import load_table
     from onejump.precond import Euler
-    from onejump.saved import model_sha256
     from onejump.types import UserError
 
     low, high, _ = range_of(saved)
@@ -159,10 +171,9 @@ def jumps_for(args: argparse.Namespace, saved: "SavedModel", student: "SavedMode
     own = None if student is None else student.model.jump
     if args.table is not None:
         table = load_table(args.table)
-        if table.teacher != model_sha256(Path(args.teacher)):
-            raise UserError(
-                f"--table {args.table}: of another teacher than {args.teacher}; make one with onejump precond"
-            )
+        if table.teacher != sha256_of(args):
+            told = f"of another teacher than {args.teacher}, or of other --guidance"
+            raise UserError(f"--table {args.table}: {told}; make one with onejump precond")
         table.jump().check_times(low, high)
         return found | {BACKWARD: table.jump(), FORWARD: table.jump("forward")}
     if isinstance(own, Analytic):
@@ -200,6 +211,10 @@ def align(
     print(f"Page: {args.out}\nNumbers: {args.out.with_suffix('.json')}")
 
 
+def guidance_text(args: argparse.Namespace) -> str:
+    return f"{args.guidance:g}" if args.guide is None else f"{args.guidance:g}, by {args.guide}"
+
+
 def about_alignment(args: argparse.Namespace, found: "Alignment", data: "TrainingSet") -> dict[str, str]:
     from onejump.saved import model_sha256
 
@@ -207,6 +222,7 @@ def about_alignment(args: argparse.Namespace, found: "Alignment", data: "Trainin
     low, high = found.grid[0].item(), found.grid[-1].item()
     return {
         **{role: f"{path}, sha256 {model_sha256(Path(path))}" for role, path in models.items()},
+        **({} if args.guidance == 1 else {"Guidance": guidance_text(args)}),
         **({} if args.table is None else {"Table": str(args.table)}),
         "Trajectories": f"{found.trajectories:,}, from images of {data.name} at t = {high:g}, seed {args.seed}",
         "Times": f"{len(found.grid)} of the Karras grid from {high:g} to {low:g}",

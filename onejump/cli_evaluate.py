@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from onejump.cli_input import check_seed, device_of, images_of, numbers_of
 from onejump.cli_results import finish, refuse_over
-from onejump.cli_sampling import STEPS, add_sampling, asked_sampler
-from onejump.cli_text import add_prompts, prompts_of
+from onejump.cli_sampling import STEPS, add_guidance, add_sampling, asked_sampler, guided_as_asked
+from onejump.cli_text import add_prompts, null_of, prompts_of
 
 if TYPE_CHECKING:
     import torch
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 Work = Callable[[], None]
 MODEL_ONLY = (  # nothing for --images
     *("steps", "times", "gamma", "jumps", "solver", "seed", "block", "rounding", "denoise", "search-times"),
-    *("prompts", "stable-diffusion", "clip"),
+    *("prompts", "stable-diffusion", "clip", "guidance", "guide"),
 )
-USUAL = {"n": 2000, "seed": 1234, "rounding": "round"}  # of a model
+USUAL = {"n": 2000, "seed": 1234, "rounding": "round", "guidance": 1.0}  # of a model
 EPILOG = """metrics, separated by commas (default: fid,kid):
   fid          Frechet distance (FID with an Inception detector), always there
   kid          kernel distance; kid-subsets: its mean over 100 subsets of 1,000
@@ -56,6 +56,8 @@ def add_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     made.add_argument("--steps", metavar="N,N", help=STEPS.format("1,2"))
     add_sampling(made)
     add_prompts(made, scored=True)
+    add_guidance(made)
+    made.set_defaults(guidance=None)  # to tell whether it was given
     made.add_argument("--n", type=int, help="samples for each (default: 2000), or the first of --images (default: all)")
     made.add_argument("--seed", type=int, help="(default: 1234)")
     made.add_argument("--block", type=int, metavar="N", help="images of a network call (default: 8; on a GPU 64)")
@@ -140,20 +142,24 @@ def task_of(args: argparse.Namespace, device: "torch.device") -> Task:
     """The model, the real images and the numbers of steps, all of which fit each other."""
     from onejump.evaluate import DENOISE, How, question_of
     from onejump.generate import block_on
+    from onejump.guidance import guided_sha256
     from onejump.importers.stable_diffusion import open_model, open_sha256
 
     saved = open_model(args.model)
+    saved.model.to(device)
+    saved = guided_as_asked(args, args.model, saved, null_of(args, saved, device))
     prompts = prompts_of(args, saved, device)
     shape = prompts.image_shape(saved) if prompts else saved.shape
     judge = judge_of(args, shape, device)
     check_shape(args, judge, shape, "the model makes")
-    saved.model.to(device)
     sampler, steps = sampler_of(args, saved)
     check_extras(args, saved, judge, prompts)
     n = min(args.n, len(prompts.texts)) if prompts else args.n
     denoise = DENOISE if args.denoise is None else tuple(numbers_of("--denoise", args.denoise, float))
-    identity, block = open_sha256(Path(args.model)), args.block or block_on(device)
-    how = How(block, args.rounding, denoise, identity=identity, sampler=sampler, prompts=prompts)
+    identity = guided_sha256(open_sha256(Path(args.model)), args.guidance, args.guide)
+    how = How(
+        args.block or block_on(device), args.rounding, denoise, identity=identity, sampler=sampler, prompts=prompts
+    )
     question = question_of(judge, how, {"steps": steps, "n": n, "seed": args.seed, "search_times": args.search_times})
     refuse_over(args.out, question)
     return Task(saved, judge, steps, n, how, question)
@@ -251,6 +257,8 @@ def of_model(args: argparse.Namespace, task: Task, rank: int, world: int) -> Non
         if rank:
             return
         about = {"model": str(args.model), "model_sha256": task.how.identity, "provenance": saved.provenance}
+        if args.guidance != 1:
+            about["guidance"] = {"scale": args.guidance, "guide": args.guide}
         record: dict[str, Any] = about | {"question": task.question, "reference": judge.reference, **found}
         if args.search_times is not None:
             ours = workers if world == 1 else Workers(workers.folder)  # of processes from outside, the first alone

@@ -1,7 +1,7 @@
-"""What commands are given, read and checked: images, a device, names, lists of numbers."""
+"""What commands are given, read and checked: images, a device, names, lists of numbers; and what to say of mistakes."""
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from onejump.recipes import NAMES
 
@@ -9,6 +9,34 @@ if TYPE_CHECKING:
     import torch
 
     from onejump.data.training_set import TrainingSet
+
+LESS = {  # what makes a command need less memory
+    "train": "give --max-memory, such as 8GiB, or a smaller STAGE.micro_batch",
+    "sample": "give a smaller --n, or --device cpu",
+    "evaluate": "give a smaller --block, or fewer --processes",
+    "compare": "give a smaller --n, or --device cpu",
+    "bench": "give a smaller --batch, or --checkpointing",
+    "precond": "give a smaller --batch",
+    "alignment": "give a smaller --n",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """One whose mistakes are one line with the way out, as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"onejump: {message.removeprefix('argument ')}; see {self.prog} --help\n")
+
+
+def out_of_memory(error: Exception, command: str) -> str | None:
+    """What to say of an error where memory was not enough, else None."""
+    from torch import OutOfMemoryError
+
+    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    if not (isinstance(error, MemoryError | OutOfMemoryError) or on_cpu):
+        return None
+    way_out = LESS.get("train" if command == "run" else command)
+    return f"out of memory; {way_out}" if way_out else "out of memory"
 
 
 def images_of(args: argparse.Namespace) -> "TrainingSet":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from onejump import cli_evaluate
 from onejump.cli_input import check_seed
-from onejump.cli_sampling import STEPS, add_guidance, add_sampling, sampling, what_was_done
+from onejump.cli_sampling import STEPS, add_guidance, add_sampling, guided_as_asked, sampling, what_was_done
 from onejump.cli_team import team_of
 from onejump.cli_text import add_prompts, null_of, prompts_of, sample_prompts
 
@@ -36,7 +36,6 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def sample_command(args: argparse.Namespace) -> Work:
-    from onejump.guidance import guide_of
     from onejump.importers.stable_diffusion import open_model
     from onejump.types import UserError
 
@@ -47,9 +46,9 @@ def sample_command(args: argparse.Namespace) -> Work:
     saved = open_model(args.model)
     team = team_of(args.device)
     saved.model.to(team.device)
-    saved = guide_of(saved, args.model, args.guidance, args.guide, null_of(args, saved, team.device))
+    saved = guided_as_asked(args, args.model, saved, null_of(args, saved, team.device))
     if prompts_of(args, saved, team.device):
-        return sample_prompts(args, saved, team.device, write_samples)
+        return sample_prompts(args, saved, team, write_samples)
     n = args.n or 60
     sampler, steps = sampling(args, saved)
     label = None if args.label is None else class_number(args.label, saved.class_names)

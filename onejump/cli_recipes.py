@@ -10,9 +10,7 @@ if TYPE_CHECKING:
 
 Work = Callable[[], None]
 TEXT = "every recipe: what it costs, the paper's figures and ours; or all of one"
-HOURS = (
-    "GPU-hours: passes of the network at 2e14 operations a second, an estimate. FID of 50,000 images in 1 / 2 steps."
-)
+HOURS = "GPU-hours: passes of the network at 2e14 operations a second, an estimate. FID: the paper's, in 1 / 2 steps."
 
 
 def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -58,18 +56,17 @@ def print_table() -> None:
 
 def print_record(name: str) -> None:
     from onejump.overrides import describe, listing
+    from onejump.recipes.sequence import in_its_place, sequence
     from onejump.recipes.table import records
 
     record = records()[name]
     recipe = record.build(None)
     print(listing(name, facts(record, recipe)))
-    print("\nCommand")
-    for line in record.command.splitlines():
+    print("\nCommands, one after the other")
+    for line in sequence(record, recipe):
         print(f"  {line}")
-    if record.gflop:
-        how = f"--steps {','.join(map(str, recipe.evaluation.steps))} --n {recipe.evaluation.n}"
-        print("\nThe paper's kind of FID of RUN, that run's folder, against X, the images that it was trained on")
-        print(f"  onejump evaluate RUN --data X --detector inception-2048 {how}")
+    for line in in_its_place(record):
+        print(f"Without the published model: {line}")
     print("\nConfiguration (each line is an override)")
     print(describe(recipe))
 
@@ -78,6 +75,7 @@ def facts(record: "Published", recipe: "Recipe") -> Iterator[tuple[str, str]]:
     """What the record says, and what --scale makes of it."""
     import torch
 
+    from onejump.fit import network_of
     from onejump.networks.text_unet import TextUNetConfig
     from onejump.recipes import SCALES
     from onejump.recipes.scale import scaled
@@ -87,7 +85,8 @@ def facts(record: "Published", recipe: "Recipe") -> Iterator[tuple[str, str]]:
     network = f"published {record.parameters:g} M parameters" if record.parameters else ""
     if ours_alone:
         with torch.device("meta"):
-            built = sum(p.numel() for p in recipe.network.build().parameters())
+            last = list(recipe.stages.values())[-1]
+            built = sum(p.numel() for p in network_of(recipe, last).build().parameters())
         network = f"{built:,} parameters" + (f"; {network}" if network else "")
     yield "what", record.what
     yield "source", record.source

@@ -2,11 +2,14 @@
 
 import argparse
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onejump.cli_input import numbers_of
 
 if TYPE_CHECKING:
+    import torch
+
     from onejump.samplers import Jumps, Sampler, Trajectory
     from onejump.saved import SavedModel
 
@@ -18,6 +21,21 @@ def add_guidance(made: argparse.ArgumentParser) -> None:
     text = "diffusion models: scale of the guidance by the class or the prompt (default: 1, none)"
     made.add_argument("--guidance", type=float, default=1.0, metavar="W", help=text)
     made.add_argument("--guide", metavar="MODEL", help="guide by this diffusion model (autoguidance), not by the label")
+
+
+def guided_as_asked(
+    args: argparse.Namespace, path: str | Path, saved: "SavedModel", null: "torch.Tensor | None" = None
+) -> "SavedModel":
+    """The model of this file with --guidance and --guide. null: the empty prompt's embedding, for those that read text.
+
+    Raises UserError for models that are not guided.
+    """
+    from onejump.guidance import guide_of
+    from onejump.types import UserError
+
+    if args.guide is not None and args.guidance == 1:
+        raise UserError(f"--guide {args.guide}: nothing is guided at scale 1; give --guidance too, such as 2")
+    return guide_of(saved, path, args.guidance, args.guide, null)
 
 
 def add_sampling(made: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     import torch
 
     from onejump.data.decode import Decoding
+    from onejump.distributed import Team
     from onejump.prompts import Prompts
     from onejump.saved import SavedModel
 
@@ -51,16 +52,17 @@ def null_of(args: argparse.Namespace, saved: "SavedModel", device: "torch.device
     return prompts.null() if prompts else None
 
 
-def sample_prompts(
-    args: argparse.Namespace, saved: "SavedModel", device: "torch.device", write: Callable[..., None]
-) -> Work:
-    """--n images, of the prompts in turn; one of each if no number is given. write: puts them where --out says."""
+def sample_prompts(args: argparse.Namespace, saved: "SavedModel", team: "Team", write: Callable[..., None]) -> Work:
+    """--n images, of the prompts in turn; one of each if no number is given. write: puts them where --out says.
+
+    Each process of the team makes its share, and the first writes them.
+    """
     from dataclasses import replace
 
     from onejump.cli_sampling import sampling, what_was_done
     from onejump.types import UserError
 
-    prompts = prompts_of(args, saved, device)
+    prompts = prompts_of(args, saved, team.device)
     assert prompts is not None
     if args.label is not None:
         raise UserError(f"--class {args.label}: this model reads text and knows no classes; give --prompt")
@@ -69,11 +71,15 @@ def sample_prompts(
     sampler, steps = sampling(args, saved)
 
     def work() -> None:
+        from onejump.generate import block_on, by_share
         from onejump.parts import Generated
 
-        images = Generated(saved, sampler, steps, None, args.seed, prompts=asked)(range(n))
-        write(images, None, args.out, min(len(prompts.texts), 10))
-        print(f"{n} images, {what_was_done(sampler, steps)}, seed {args.seed}: {args.out}")
+        make = Generated(saved, sampler, steps, None, args.seed, prompts=asked)
+        images = by_share(team, n, asked.image_shape(saved), block_on(team.device), make)
+        if team.first:
+            write(images, None, args.out, min(len(prompts.texts), 10))
+            print(f"{n} images, {what_was_done(sampler, steps)}, seed {args.seed}: {args.out}")
+        team.leave()
 
     return work
 

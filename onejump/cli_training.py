@@ -7,14 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onejump import cli_team
+from onejump import cli_judge, cli_team
 from onejump.cli_input import check_name, images_of
 from onejump.recipes import LISTED, SCALES
 
 if TYPE_CHECKING:
-    import torch
-
-    from onejump.config import Recipe
+    from onejump.config import Network, Recipe
     from onejump.data.training_set import TrainingSet
     from onejump.distributed import Team
 
@@ -49,6 +47,7 @@ def add_training(made: argparse.ArgumentParser, one_stage: bool) -> None:
         "--guidance", type=float, metavar="W", help="distilling: scale of the teacher's guidance (1: none)"
     )
     made.add_argument("--guide", metavar="MODEL", help="guide the teacher by this diffusion model, not by its labels")
+    cli_judge.add_options(made)
     cli_team.add_option(made)
     made.add_argument("--max-memory", metavar="SIZE", help="as many images a pass as fit in it, such as 8GiB")
     made.add_argument("--dry-run", action="store_true", help="print the configuration, time and memory, and stop")
@@ -128,7 +127,7 @@ def within_memory(
         size, problem, stage = 0, None, recipe.stages[name]
         if team.first:  # what a process holds already differs a little; what all do must not
             try:
-                about = (images_for(recipe.network, data), team.device, limit, team.world)
+                about = (images_for(recipe.network, data), team.device, limit, *spread_of(args, team))
                 fits, memory = fitting(name, recipe, *about)
                 size = fits.micro_batch
             except UserError as error:
@@ -153,7 +152,8 @@ def default_out(args: argparse.Namespace) -> Path:
 def command_of(args: argparse.Namespace, out: Path) -> str:
     """The command that makes, or goes on with, the whole run; with --init, the very one that was given."""
     given = [("--scale", args.scale), ("--teacher", args.teacher), ("--data", args.data), ("--size", args.size)]
-    given += [("--guidance", args.guidance), ("--guide", args.guide), ("--device", args.device), ("--out", out)]
+    given += [("--guidance", args.guidance), ("--guide", args.guide), ("--detector", args.detector)]
+    given += [("--weights", args.weights), ("--device", args.device), ("--out", out)]
     name = "run"
     if "init" in args and args.init is not None:
         name, given = "train", [("--stage", args.stage), ("--init", args.init), *given]
@@ -169,25 +169,27 @@ def run_command(args: argparse.Namespace) -> Work:
     from onejump.distributed import in_turn
     from onejump.fit import check_chain
     from onejump.pipeline import check_teachers, run
-    from onejump.run_record import check_run, open_run, read_json
+    from onejump.run_record import about_detector, check_run, open_run, read_json
     from onejump.start import Given
 
     check_name(args.recipe)
-    team = cli_team.team_of(args.device, args.shard)
+    team, out = cli_team.team_of(args.device, args.shard), args.out or default_out(args)
+    detector = cli_judge.detector_of(args, out, team.device)  # what it lacks is told at once
     data, device = in_turn(team, lambda: images_for_recipe(args)), team.device
-    recipe = recipe_of(args, data)
+    recipe, judge = recipe_of(args, data), cli_judge.judge_of(args, data, detector, out, team)
     recipe = within_memory(args, recipe, list(recipe.stages), data, team)
     check_chain(recipe)
     if args.dry_run:
-        return lambda: dry_run(recipe, list(recipe.stages), data, device)
-    out = args.out or default_out(args)
+        return lambda: dry_run(args, recipe, list(recipe.stages), data, team)
     check_run(recipe, data, out)
     given = Given(teacher=args.teacher, guide=args.guide)
     check_teachers(recipe, list(recipe.stages), data, out, device, given)
 
+    about = command_of(args, out), about_detector(judge, args.detector, args.weights)
+
     def work() -> None:
-        with cli_team.alone_together(out, team, lambda: open_run(recipe, data, out, device, command_of(args, out))):
-            report = run(recipe, data, out, device, given, args.tensorboard, team)
+        with cli_team.alone_together(out, team, lambda: open_run(recipe, data, out, device, *about)):
+            report = run(recipe, data, out, device, given, args.tensorboard, team, judge)
         if team.first:
             if (out / "evaluation.json").exists():  # latents are not judged
                 evaluation = read_json(out / "evaluation.json")
@@ -201,16 +203,16 @@ def run_command(args: argparse.Namespace) -> Work:
 def train_command(args: argparse.Namespace) -> Work:
     from onejump.config_json import did_you_mean
     from onejump.distributed import in_turn
-    from onejump.evaluate import Judge, detector_for
     from onejump.pipeline import check_teachers, train_stage
-    from onejump.run_record import check_run, open_run
+    from onejump.run_record import about_detector, check_run, open_run
     from onejump.start import Given, start_of, starting_model
     from onejump.types import UserError
 
     check_name(args.recipe)
-    team = cli_team.team_of(args.device, args.shard)
+    team, out = cli_team.team_of(args.device, args.shard), args.out or default_out(args)
+    detector = cli_judge.detector_of(args, out, team.device)  # what it lacks is told at once
     data, device = in_turn(team, lambda: images_for_recipe(args)), team.device
-    recipe = recipe_of(args, data)
+    recipe, judge = recipe_of(args, data), cli_judge.judge_of(args, data, detector, out, team)
     names = list(recipe.stages)
     stage = args.stage or (names[0] if len(names) == 1 else None)
     if stage not in names:
@@ -218,31 +220,43 @@ def train_command(args: argparse.Namespace) -> Work:
         raise UserError(f"--stage: {asked}; there are {', '.join(names)}{did_you_mean(stage or '', names)}")
     recipe = within_memory(args, recipe, [stage], data, team)
     if args.dry_run:
-        return lambda: dry_run(recipe, [stage], data, device)
-    out = args.out or default_out(args)
+        return lambda: dry_run(args, recipe, [stage], data, team)
     check_run(recipe, data, out)
     given = Given(args.init, args.teacher, args.guide)
     check_teachers(recipe, [stage], data, out, device, given)
     starting_model(recipe, stage, start_of(recipe, stage, out, given))
 
+    about = command_of(args, out), about_detector(judge, args.detector, args.weights)
+
     def work() -> None:
-        with cli_team.alone_together(out, team, lambda: open_run(recipe, data, out, device, command_of(args, out))):
-            train_stage(recipe, stage, Judge(data, detector_for(data)), out, device, given, args.tensorboard, team)
+        with cli_team.alone_together(out, team, lambda: open_run(recipe, data, out, device, *about)):
+            train_stage(recipe, stage, judge, out, device, given, args.tensorboard, team)
         team.leave()
 
     return work
 
 
-def dry_run(recipe: "Recipe", names: list[str], data: "TrainingSet", device: "torch.device") -> None:
+def spread_of(args: argparse.Namespace, team: "Team") -> "tuple[int, int, Network | None]":
+    """(processes, those that share a copy of the weights, the network of --guide), which memory depends on."""
+    from onejump.importers.stable_diffusion import open_model
+
+    return team.world, team.shard, None if args.guide is None else open_model(args.guide).network
+
+
+def dry_run(args: argparse.Namespace, recipe: "Recipe", names: list[str], data: "TrainingSet", team: "Team") -> None:
     from onejump.estimate import estimate_stage
     from onejump.metrics_log import duration
     from onejump.overrides import describe
 
+    if not team.first:
+        return
     print(describe(recipe))
     shape = "x".join(map(str, data.shape))
     print(f"\n{data.n} images of {shape}, {data.classes or 'no'} classes ({data.name})")
-    estimates = {name: estimate_stage(recipe, recipe.stages[name], data, device) for name in names}
+    about = (data, team.device, *spread_of(args, team))
+    estimates = {name: estimate_stage(recipe, recipe.stages[name], *about) for name in names}
+    each = f", on each of {team.world} processes" if team.world > 1 else ""
     for name, guess in estimates.items():
-        print(f"{name:<12} about {duration(guess.seconds):>8}, {guess.bytes / 2**20:,.0f} MiB on {device}")
+        print(f"{name:<12} about {duration(guess.seconds):>8}, {guess.bytes / 2**20:,.0f} MiB on {team.device}{each}")
     total = sum(guess.seconds for guess in estimates.values())
     print(f"{'in all':<12} about {duration(total):>8} (measured on a few passes)")

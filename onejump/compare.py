@@ -11,10 +11,12 @@ import torch
 
 from onejump.compare_models import Entry, Record, entry_of, targets_of
 from onejump.config_json import join, to_json
-from onejump.generate import balanced_labels, generate
+from onejump.generate import balanced_labels
+from onejump.importers.stable_diffusion import open_model
 from onejump.page import DASH, duration, number, plural
+from onejump.parts import Generated
+from onejump.prompts import SHOWN, prompts_for, reads_text
 from onejump.report import contact_sheet
-from onejump.saved import load_model
 from onejump.types import UserError
 
 COLUMNS = 10  # of a sheet, unless each class can have one
@@ -131,10 +133,8 @@ def compare(wanted: Sequence[str], names: Sequence[str] | None = None, all_stage
     for entry in entries[1:]:
         if entry.saved.shape != entries[0].saved.shape:
             shapes = ["x".join(map(str, other.saved.shape)) for other in (entry, entries[0])]
-            raise UserError(
-                f"{entry.name}: makes images of {shapes[0]}, {entries[0].name} of {shapes[1]}; only models of one "
-                "image shape can be compared"
-            )
+            told = f"{entry.name}: makes images of {shapes[0]}, {entries[0].name} of {shapes[1]}"
+            raise UserError(f"{told}; only models of one image shape can be compared")
     return Comparison(entries)
 
 
@@ -162,6 +162,7 @@ def measured_otherwise(ours: Record, theirs: Record, other: str) -> list[str]:
         ("fingerprint", "against other real images", "n"),
         ("reference_sha256", "against other statistics of real images", "n"),
         ("detector_sha256", "through another detector", "detector"),
+        ("prompts_sha256", "on other prompts", "prompts"),
     ):
         if ours.reference.get(key) != theirs.reference.get(key):
             out.append(f"measured {what} ({told(ours, name, key)}; {other}: {told(theirs, name, key)})")
@@ -211,6 +212,7 @@ RESULTS: dict[str, Callable[[Entry, int], str]] = {
     "KID": cell_of("kid"),
     "sFID": cell_of("spatial_frechet"),
     "IS": cell_of("inception_score", "mean"),
+    "CLIP score": cell_of("clip_score"),
     "Precision": cell_of("precision"),
     "Recall": cell_of("recall"),
     "Density": cell_of("density"),
@@ -271,12 +273,15 @@ def draw_sheets(
     total = sum(len(entry.sheet_steps) for entry in found.entries)
     progress(0, total)
     for entry in found.entries:
-        saved = load_model(entry.target.path)
-        labels, model = balanced_labels(n, len(saved.class_names)), saved.model.to(device)
+        saved = open_model(entry.target.path)
+        saved.model.to(device)
+        labels, prompts, columns = balanced_labels(n, len(saved.class_names)), None, len(saved.class_names)
+        if reads_text(saved):
+            prompts, columns = prompts_for(saved, (SHOWN * n)[:n], device=device), 3 * len(SHOWN)
         for k in entry.sheet_steps:
-            images = generate(model, entry.sampler, k, range(n), saved.shape, labels, seed)
+            images = Generated(saved, entry.sampler, k, labels, seed, prompts=prompts)(range(n))
             path = folder / f"{len(sheets):03d}.png"
-            contact_sheet(images, columns_for(len(saved.class_names)), path)
+            contact_sheet(images, columns_for(columns), path)
             sheets.append(Sheet(entry, k, path))
             progress(len(sheets), total)
     return sorted(sheets, key=lambda sheet: sheet.steps)

@@ -2,29 +2,20 @@
 
 import contextlib
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
-
-from onejump.config import Network, Recipe, Stage
+from onejump.compare_cost import flops_of_call, passes_of
 from onejump.config_json import from_json
-from onejump.cost import flops_of
-from onejump.estimate import nets_for, typical_step
 from onejump.fit import network_of
-from onejump.lpips import LPIPS
-from onejump.methods.ctm_gan import CTMGAN
-from onejump.networks.mlp import MLPConfig
+from onejump.importers.stable_diffusion import open_model, open_sha256
 from onejump.page import plural
+from onejump.prompts import SHOWN, reads_text
 from onejump.run_folder import RunFolder, StageFolder, read_json, read_run
 from onejump.samplers import ODE, Jumps, Multistep, Sampler
-from onejump.saved import SavedModel, load_model, model_sha256
+from onejump.saved import SavedModel
 from onejump.types import UserError
-
-STAND_IN, PROBE = MLPConfig((1, 8, 8), width=512), 64  # a network whose passes are counted, and the images in them
 
 
 @dataclass(frozen=True)
@@ -150,29 +141,6 @@ class Entry:
         return [1] if isinstance(self.sampler, Multistep) and self.sampler.max_steps == 1 else [1, 2]
 
 
-@cache
-def flops_of_call(network: Network) -> int:
-    with FakeTensorMode():
-        return flops_of(network.build().eval(), network)
-
-
-def passes_of(recipe: Recipe, stage: Stage) -> int | None:
-    """Network passes an image in a step of this stage's loss, counted on a small network; None where that is not all.
-
-    A backward pass counts as two forward passes.
-    """
-    if isinstance(stage.method, CTMGAN) or isinstance(getattr(stage.method, "distance", None), LPIPS):
-        return None
-    small = replace(recipe, network=STAND_IN)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        nets = nets_for(small, stage, torch.device("cpu"))
-        x0, step = torch.randn(PROBE, *STAND_IN.shape), typical_step(stage)
-        with FlopCounterMode(display=False) as counter:
-            stage.method.loss(nets, x0, None, step, step)[0].backward()
-    return round(counter.get_total_flops() / PROBE / flops_of(nets.student.net, network_of(small, stage)))
-
-
 def device_of(about: dict[str, Any]) -> str | None:
     """What a run.json or a record was made on."""
     device, threads = about.get("device"), about.get("threads")
@@ -228,7 +196,7 @@ def _of_run(path: Path, all_stages: bool = False) -> list[Target]:
 
 def entry_of(target: Target) -> Entry:
     """Reads what is on file. Raises UserError for a damaged model or record, or a record of another model."""
-    saved = load_model(target.path)
+    saved = open_model(target.path)
     parameters = sum(p.numel() for p in saved.model.parameters())
     saved.model.to("meta")
     training = None
@@ -240,13 +208,15 @@ def entry_of(target: Target) -> Entry:
     if training and not training.whole:
         remarks += ("its start or teacher was trained elsewhere: images, time and compute of training are not all",)
     sampler = record.sampler if record else saved.sampler
+    if reads_text(saved):
+        remarks += (f"its samples are of the prompts {', '.join(map(repr, SHOWN))}, in turn",)
     flops = flops_of_call(saved.network)
     return Entry(target.name, target, saved, parameters, flops, sampler, training, record, remarks)
 
 
 def _collect(run: RunFolder, stage: StageFolder, parts: dict[str, Part]) -> bool:
     """Enters this stage, and what its start and its teacher were trained from; whether all of it was found."""
-    parts[model_sha256(run.path / stage.name)] = Part(run, stage)
+    parts[open_sha256(run.path / stage.name)] = Part(run, stage)
     whole = "started_from" in stage.summary
     for sha256 in (stage.summary.get("teacher_sha256"), stage.summary.get("started_from")):
         if sha256 is not None and sha256 not in parts:
@@ -263,7 +233,7 @@ def _source(run: RunFolder, stage: StageFolder, sha256: str) -> tuple[RunFolder,
         with contextlib.suppress(UserError):  # what lies there now is damaged, or trained again
             candidates += _of_run(Path(given["path"]))
     for target in candidates:
-        if target.run and target.stage and model_sha256(target.path) == sha256:
+        if target.run and target.stage and open_sha256(target.path) == sha256:
             return target.run, target.stage
     return None
 
@@ -273,13 +243,16 @@ def record_of(target: Target, saved: SavedModel) -> tuple[Record | None, tuple[s
     content: dict[str, Any] = {}
     if target.record:
         content = read_json(target.record)
-        if content.get("model_sha256") != model_sha256(target.path):
-            raise UserError(f"{target.record}: this is no record of {target.path}; see `onejump evaluate --out`")
+        if content.get("model_sha256") != open_sha256(target.path):
+            guided = ", or one with guidance, which is not compared" if "guidance" in content else ""
+            raise UserError(
+                f"{target.record}: this is no record of {target.path}{guided}; see `onejump evaluate --out`"
+            )
     elif target.run and target.stage:
         whole, own = target.run.evaluation, target.run.evaluation.get("stages", {}).get(target.stage.name, {})
         device = {name: target.run.run.get(name) for name in ("device", "threads")}
         content = {"reference": whole.get("reference"), **device, **own}
-        if own and own.get("model_sha256") != model_sha256(target.path):
+        if own and own.get("model_sha256") != open_sha256(target.path):
             return None, ("its evaluation is of other weights and left out: run the command of the run again",)
     if not content.get("steps"):
         way_out = "give MODEL=RECORD.json with the record that `onejump evaluate MODEL --out RECORD.json` writes"
@@ -297,4 +270,6 @@ def _read(content: dict[str, Any], saved: SavedModel) -> Record:
         _ = float(numbers["frechet"]), int(numbers["n"]), int(numbers["nfe"])
     sampler = from_json(content["sampler"]) if "sampler" in content else saved.sampler
     rounding = content.get("rounding", "round")
-    return Record(dict(content["reference"]), steps, device_of(content), sampler, rounding)
+    prompts = content.get("question", {}).get("prompts", {})  # of a model that reads text
+    asked = prompts | {"prompts": next(iter(steps.values()))["n"]} if prompts else {}
+    return Record(content["reference"] | asked, steps, device_of(content), sampler, rounding)

@@ -32,7 +32,7 @@ from onejump.networks.mlp import MLPConfig
 from onejump.networks.song_unet import SongUNetConfig
 from onejump.networks.text_unet import TextUNetConfig
 from onejump.optim import Adam, ConstantRate, CosineRate, InverseSqrtRate, Optimizer, RAdam, Rate
-from onejump.precond import CM, EDM, Euler, StableDiffusion, ToData
+from onejump.precond import CM, EDM, Euler, Jump, StableDiffusion, ToData
 from onejump.samplers import ODE, Jumps, Multistep, Sampler, Trajectory
 from onejump.solvers import Solver
 from onejump.times import (
@@ -80,6 +80,7 @@ class Stage:
     second_time: Literal["off", "zero", "random"] = "off"  # the network reads s too; how that branch starts
     critic: SmallCriticConfig | ProjectedCriticConfig | None = None  # of CTMGAN
     sampler: Sampler = Multistep()
+    shift: float = 0.0  # of c_skip and c_out where the averaged model samples (ECT on CIFAR-10); never in training
     guidance: float = 1.0  # scale of the teacher's classifier-free guidance; 1: none
     label_dropout: float = 0.0  # share of samples without their label; what guides a diffusion model learns from them
     until: Plateau | None = None  # the stage may end before its steps, and hands over its best model; none: its last
@@ -87,6 +88,7 @@ class Stage:
     def __post_init__(self) -> None:
         check_range(at_least=1, steps=self.steps, batch=self.batch)
         check_range(at_least=0, guidance=self.guidance)
+        check_range(at_least=0, below=SIGMA_MAX, shift=self.shift)
         check_range(at_least=0, below=1, label_dropout=self.label_dropout)
         if not 0 <= self.micro_batch <= self.batch:
             raise UserError(f"micro_batch: {self.micro_batch}; 0 (the whole batch) to batch={self.batch} is possible")
@@ -102,6 +104,10 @@ class Stage:
     def core(self) -> AnyMethod:
         """The method; of ECT and TCM in distillation, these."""
         return self.method.of if isinstance(self.method, Distilled) else self.method
+
+    def sampling_jump(self, trained: Jump) -> Jump:
+        """That of the averaged model, the student's being `trained`: with a shift CM's, whose sigma_min it is."""
+        return CM(self.shift, self.precond.sigma_data) if self.shift else trained
 
     def _check_passes(self, rho: float) -> None:
         """Each pass of TCM holds samples of both kinds, in the shares of the whole batch."""
@@ -141,6 +147,10 @@ def _check_jump(stage: Stage) -> None:
         raise UserError(f"guidance: {stage.guidance:g} is of a teacher, and {name} has none; use guidance=1")
     if isinstance(stage.method, CTMGAN) != (stage.critic is not None):
         raise UserError(f"critic: CTMGAN, and no other method, needs one; the method is {name}")
+    if stage.shift and (type(stage.core), type(stage.jump), type(stage.precond)) != (ECT, ToData, EDM):
+        raise UserError(
+            f"shift: {stage.shift:g} is for ECT with jump=ToData and precond=EDM, not for {name} here; use 0"
+        )
     if isinstance(stage.jump, Analytic):
         stage.jump.check_times(SIGMA_MIN, SIGMA_MAX)
     if isinstance(stage.jump, AnalyticPrecond):

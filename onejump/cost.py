@@ -97,9 +97,76 @@ def shape_of(network: Network) -> tuple[int, ...]:
     return network.img_channels, network.img_resolution, network.img_resolution
 
 
-def bytes_of(net: nn.Module) -> int:
-    """Of its parameters."""
-    return sum(p.numel() * p.element_size() for p in net.parameters())
+def bytes_of(net: nn.Module, shard: int = 1) -> int:
+    """Of its parameters; where `shard` processes share a copy of them, of the largest part (distributed.py)."""
+    return sum(part_of(p, shard) * p.element_size() for p in net.parameters())
+
+
+def part_of(p: Tensor, shard: int) -> int:
+    """Numbers of the largest part: rows are divided, and what has none is everywhere."""
+    return p.numel() if p.ndim == 0 else -(-len(p) // shard) * (p.numel() // len(p))
+
+
+@dataclass
+class Unit:
+    """Parameters that lie in pieces and are gathered together, of a network of fake weights: where `follow` has given
+    it a module, that module's passes allocate what those of FSDP2 would (distributed.shard_in_place).
+
+    trained: they stay gathered up to the backward pass, at whose end their gradients are divided. messages: the last
+    one of each kind, of all units, which stays until the next is there.
+    """
+
+    parameters: list[nn.Parameter]
+    shard: int
+    trained: bool
+    messages: dict[str, Tensor]
+    gathered: Tensor | None = None
+    part: Tensor | None = None  # of the gradients
+    arrived: int = 0
+
+    def follow(self, module: nn.Module) -> None:
+        module.register_forward_pre_hook(lambda module, args: self.gather())
+        if not self.trained:
+            module.register_forward_hook(lambda module, args, out: self.let_go())
+        for p in self.parameters if self.trained else ():
+            p.register_post_accumulate_grad_hook(lambda p: self.divide())
+
+    def gather(self) -> None:
+        if self.gathered is None:
+            self.messages["gather"] = self.room()
+            self.gathered = self.room()
+
+    def let_go(self) -> None:
+        self.gathered = None
+
+    def divide(self) -> None:
+        """Once all gradients are there."""
+        self.arrived += 1
+        if self.arrived < len(self.parameters):
+            return
+        self.messages.pop("divide", None)
+        self.messages["divide"] = self.room()
+        for p in self.parameters:
+            p.grad = None
+        if self.part is None:
+            self.part = torch.empty(sum(part_of(p, self.shard) for p in self.parameters))
+        self.let_go()
+
+    def room(self) -> Tensor:
+        return torch.empty(sum(p.numel() for p in self.parameters))
+
+
+def follow_pieces(net: nn.Module, shard: int, trained: bool) -> list[Unit]:
+    """From here on, passes of this network of fake weights allocate what they would if it lay in pieces."""
+    blocks, taken = list(getattr(net, "blocks", ())), set[nn.Parameter]()
+    units, messages = [], dict[str, Tensor]()
+    for module in (*blocks, net):
+        own = [p for p in module.parameters() if p.ndim and p not in taken]
+        taken.update(own)
+        if own:
+            units.append(Unit(own, shard, trained, messages))
+            units[-1].follow(module)
+    return units
 
 
 def counting_kept(sizes: dict[int, int], *nets: nn.Module) -> saved_tensors_hooks:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from onejump.config import Recipe, Stage
+from onejump.config import Network, Recipe, Stage
 from onejump.data.training_set import TrainingSet
 from onejump.fit import images_for
 from onejump.memory import Memory, nets_for, predict, typical_step
@@ -27,12 +27,21 @@ class Estimate:
         return self.memory.peak
 
 
-def estimate_stage(recipe: Recipe, stage: Stage, data: TrainingSet, device: torch.device) -> Estimate:
-    """Runs the loss of this stage forwards and backwards on real images a few times; nothing is kept."""
+def estimate_stage(
+    recipe: Recipe,
+    stage: Stage,
+    data: TrainingSet,
+    device: torch.device,
+    world: int = 1,
+    shard: int = 1,
+    guide: Network | None = None,
+) -> Estimate:
+    """Of one of `world` processes, as in `predict`. The loss of this stage runs forwards and backwards on real images a
+    few times; nothing is kept."""
     data = images_for(recipe.network, data)
-    memory = predict(recipe, stage, data, device)
+    memory = predict(recipe, stage, data, device, world, shard, guide)
     probe = replace(stage, batch=min(PROBE, stage.micro_batch or stage.batch), micro_batch=0)
-    nets = nets_for(recipe, stage, device)
+    nets = nets_for(recipe, stage, device, guide)
     last_step = typical_step(stage)
     seconds = []
     for _ in range(3):
@@ -43,7 +52,7 @@ def estimate_stage(recipe: Recipe, stage: Stage, data: TrainingSet, device: torc
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - began)
-    training = min(seconds) * stage.steps * stage.batch / probe.batch
+    training = min(seconds) * stage.steps * stage.batch / probe.batch / world
     forward = min(seconds) / probe.batch / (4 if not isinstance(stage.sampler, ODE) else 3)
     return Estimate(training + forward * evaluation_passes(recipe, stage), memory)
 

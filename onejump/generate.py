@@ -78,13 +78,22 @@ def generate_by(
     seed: int = 0,
 ) -> Images:
     """Images 0 .. n - 1, the very ones of `generate`, on every process of the team, each of which makes its share."""
+
+    def make(mine: list[int]) -> Images:
+        asked = None if labels is None else labels[mine]
+        return generate(model, sampler, steps, mine, shape, asked, seed, block=block)
+
     block = block_on(next(model.parameters()).device)
+    return by_share(team, n, shape, block, make)
+
+
+def by_share(
+    team: Team, n: int, shape: tuple[int, int, int], block: int, make: Callable[[list[int]], Images]
+) -> Images:
+    """Images 0 .. n - 1 of this shape on every process of the team, each of which makes whole blocks of them."""
     places = torch.arange(n)
     mine = places[places // block % team.world == team.rank]
-    own = torch.empty(0, *shape, dtype=torch.uint8)
-    if len(mine):
-        asked = None if labels is None else labels[mine]
-        own = generate(model, sampler, steps, mine.tolist(), shape, asked, seed, block=block)
+    own = make(mine.tolist()) if len(mine) else torch.empty(0, *shape, dtype=torch.uint8)
     images = torch.empty(n, *shape, dtype=torch.uint8)
     return images.index_copy_(0, team.gathered(mine), team.gathered(own))
 
@@ -143,7 +152,7 @@ def _in_blocks(
         with torch.no_grad():  # which each thread has to say for itself
             return to_bytes(run(x, cond)[rows.to(device)], rounding)
 
-    groups = _blocks(indices, size)
+    groups = blocks_of(indices, size)
     at_once = max(-(-batch // size), 1)
     out = torch.empty(0)
     model.eval()
@@ -159,7 +168,7 @@ def _in_blocks(
     return torch.empty_like(out).index_copy_(0, order, out)
 
 
-def _blocks(indices: Sequence[int], size: int) -> list[list[int]]:
+def blocks_of(indices: Sequence[int], size: int) -> list[list[int]]:
     """The places in `indices` of the images of each block; where a number comes twice, it gets a block of its own."""
     seen: Counter[int] = Counter()
     groups: dict[tuple[int, int], list[int]] = {}

@@ -49,6 +49,8 @@ class GuidedNet(nn.Module):
     None: no label.
     """
 
+    passes = 2  # of networks, in a call
+
     def __init__(self, net: nn.Module, scale: float, null: Tensor | None = None, classes: int | None = None):
         super().__init__()
         self.net, self.scale, self.classes = net, scale, classes
@@ -75,6 +77,8 @@ class GuidedNet(nn.Module):
 
 class AutoGuidedNet(nn.Module):
     """F_0 + scale (F_1 - F_0), where 1 is `net` and 0 is `guide`, which is told of cond too if it reads any."""
+
+    passes = 2
 
     def __init__(self, net: nn.Module, guide: nn.Module, scale: float, guide_reads: bool = True):
         super().__init__()

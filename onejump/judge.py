@@ -99,6 +99,10 @@ class Judge:
         with told("real images", self.show and self.data.n > SAMPLE) as tell:
             return reference_of(self.data, self.reader, "per-class" in self.metrics, cache_folder(), tell)
 
+    def measure_real(self) -> None:
+        """Now, and not when they are first compared with."""
+        assert self.real
+
     @property
     def features(self) -> Tensor:
         """Of real images, 10,000 at most."""

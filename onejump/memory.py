@@ -15,18 +15,20 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from onejump import draws
 from onejump.analytic import AnalyticPrecond
 from onejump.config import Distilling, Network, Recipe, Stage
-from onejump.cost import Live, blank_cond, bytes_of, cost_of, in_words
+from onejump.cost import Live, blank_cond, bytes_of, cost_of, follow_pieces, in_words, part_of
 from onejump.data.image_set import ImageSet
 from onejump.data.training_set import TrainingSet
 from onejump.engine import Engine
 from onejump.fit import network_of
 from onejump.generate import block_on
+from onejump.guidance import autoguided, guided
 from onejump.methods.base import Nets
 from onejump.methods.ctm import CTM
 from onejump.methods.ctm_gan import CTMGAN
 from onejump.methods.tcm import TCM
 from onejump.model import ConsistencyModel
 from onejump.networks.layers import Buildable
+from onejump.networks.text_unet import TextUNetConfig
 from onejump.precond import Euler
 from onejump.run_state import PRECISIONS, trained
 from onejump.times import random_steps
@@ -59,15 +61,28 @@ class Memory:
         return f"{in_words(self.peak)} ({', '.join(f'{what} {in_words(size)}' for what, size in parts if size)})"
 
 
-def predict(recipe: Recipe, stage: Stage, data: TrainingSet, device: torch.device, world: int = 1) -> Memory:
-    """The peak of a process that trains this stage, one of `world` that each hold the weights.
+def predict(
+    recipe: Recipe,
+    stage: Stage,
+    data: TrainingSet,
+    device: torch.device,
+    world: int = 1,
+    shard: int = 1,
+    guide: Network | None = None,
+) -> Memory:
+    """The peak of one of `world` processes that train this stage, of which `shard` share one copy of the weights.
+
+    guide: the network that guides the teacher, where that is a model of its own.
 
     On CUDA it is what torch's allocator has given out; on a CPU, the memory of the process without mapped files.
     """
     process = anonymous()
-    held, passes = step_bytes(recipe, stage, data.shape, world)
+    held, passes = step_bytes(recipe, stage, data.shape, world, shard, guide)
     cpu = device.type == "cpu"
-    passes = max(passes, sampling_maps(recipe.network) * block_on(device) * (torch.get_num_threads() if cpu else 1))
+    sampling = sampling_maps(recipe.network) * block_on(device) * (torch.get_num_threads() if cpu else 1)
+    if shard > 1:  # what samples is in one piece
+        sampling += cost_of(recipe.network, 1).weights
+    passes = max(passes, sampling)
     if cpu:
         return Memory(held, round(passes * heap_factor()), 0, process)
     return Memory(held, passes, data.images.numel() if isinstance(data, ImageSet) else 0, 0)
@@ -96,24 +111,35 @@ def anonymous() -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
-def step_bytes(recipe: Recipe, stage: Stage, shape: tuple[int, int, int], world: int = 1) -> tuple[int, int]:
+def step_bytes(
+    recipe: Recipe,
+    stage: Stage,
+    shape: tuple[int, int, int],
+    world: int = 1,
+    shard: int = 1,
+    guide: Network | None = None,
+) -> tuple[int, int]:
     """(what is held between steps, the most that is there besides within one), counted on tensors without data."""
     fake, live = FakeTensorMode(allow_non_fake_inputs=True), Live()
     share = stage.batch // world
     micros = -(-share // (stage.micro_batch or share))
     with fake, live, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # to copy networks
-        nets = nets_for(recipe, stage, torch.device("cpu"))
+        nets = nets_for(recipe, stage, torch.device("cpu"), guide)
         x0 = torch.zeros(share, *shape)
         cond = labels_for(recipe, stage, share)
     Engine().prepare(nets.student, checkpointing=stage.checkpointing)
+    units = []
     for model in nets.models:
         model.autocast = PRECISIONS[stage.precision]
         model.through(Fake(model.net, fake, live))
+        units += follow_pieces(model.net, shard, model is nets.student) if shard > 1 else []
     step, before = typical_step(stage), live.now
     if micros > 1:  # the gradients of the passes before are there
         with fake, live:
-            for p in trained(nets.student):
+            for unit in units:
+                unit.part = torch.zeros(sum(part_of(p, shard) for p in unit.parameters)) if unit.trained else None
+            for p in trained(nets.student) if shard == 1 else ():
                 p.grad = torch.zeros_like(p)
     live.peak = live.now
     with live, draws.rows(0, micros * world, share * world):
@@ -121,9 +147,8 @@ def step_bytes(recipe: Recipe, stage: Stage, shape: tuple[int, int, int], world:
         loss, _ = stage.method.loss(nets, x0[::micros], part, step, step)
     with fake, live:
         loss.backward()
-    return held_bytes(
-        nets, 1 + len(stage.snapshots.sigma_rels if stage.snapshots else ())
-    ), live.peak - before + x0.nbytes
+    averages = 1 + len(stage.snapshots.sigma_rels if stage.snapshots else ())
+    return held_bytes(nets, averages, shard), live.peak - before + x0.nbytes
 
 
 class Fake(nn.Module):
@@ -153,9 +178,9 @@ def networks(nets: Nets) -> list[nn.Module]:
     return [*nets.models, *([nets.critic.net] if nets.critic else [])]
 
 
-def held_bytes(nets: Nets, averages: int = 1) -> int:
+def held_bytes(nets: Nets, averages: int = 1, shard: int = 1) -> int:
     """What stays between steps: all weights, Adam's moments of what is trained, and averages of the student."""
-    held = sum(bytes_of(net) for net in networks(nets)) + (2 + averages) * bytes_of(nets.student)
+    held = sum(bytes_of(net, shard) for net in networks(nets)) + (2 + averages) * bytes_of(nets.student, shard)
     return held + (2 * bytes_of(nets.critic.net) if nets.critic else 0)
 
 
@@ -168,15 +193,28 @@ def typical_step(stage: Stage) -> int:
     return step
 
 
-def nets_for(recipe: Recipe, stage: Stage, device: torch.device) -> Nets:
-    """The networks of this stage with random weights; a teacher of the student's size."""
+def nets_for(recipe: Recipe, stage: Stage, device: torch.device, guide: Network | None = None) -> Nets:
+    """The networks of this stage with random weights; a teacher of the student's size, guided if the stage says so."""
     jump = Euler() if isinstance(stage.jump, AnalyticPrecond) else stage.jump
     net = built(network_of(recipe, stage), device)
     student = ConsistencyModel(net, stage.precond, jump, second_time=stage.second_time != "off").train()
     if not isinstance(stage.method, Distilling):
         return stage.method.nets(student)
     critic = (built(stage.critic, device),) if stage.critic else ()
-    return stage.method.nets(student, ConsistencyModel(built(recipe.network, device)).eval(), *critic)
+    return stage.method.nets(student, teacher_for(recipe.network, stage, device, guide), *critic)
+
+
+def teacher_for(network: Network, stage: Stage, device: torch.device, guide: Network | None) -> ConsistencyModel:
+    """Guided by a network like `guide`; without one by its own labels, or by its like if it has none."""
+    teacher, blank = ConsistencyModel(built(network, device), stage.precond).eval(), blank_cond(network, 1)
+    if stage.guidance == 1:
+        return teacher
+    if guide is None and blank is not None:
+        null = blank[0].to(device) if isinstance(network, TextUNetConfig) else None
+        return guided(teacher, stage.guidance, null, network.label_dim or None)
+    guide = guide or network
+    by = ConsistencyModel(built(guide, device), stage.precond).eval()
+    return autoguided(teacher, by, stage.guidance, (blank_cond(guide, 1) is None) == (blank is None))
 
 
 def built(network: Buildable, device: torch.device) -> nn.Module:
@@ -186,7 +224,14 @@ def built(network: Buildable, device: torch.device) -> nn.Module:
 
 
 def fitting(
-    name: str, recipe: Recipe, data: TrainingSet, device: torch.device, limit: int, world: int = 1
+    name: str,
+    recipe: Recipe,
+    data: TrainingSet,
+    device: torch.device,
+    limit: int,
+    world: int = 1,
+    shard: int = 1,
+    guide: Network | None = None,
 ) -> tuple[Stage, Memory]:
     """The stage with the largest passes that stay below `limit` bytes, and their memory; its own where those do.
 
@@ -196,18 +241,15 @@ def fitting(
     stage = recipe.stages[name]
     share = stage.batch // world
     own = stage.micro_batch or share
-    sizes = [n for n in range(1, own + 1) if share % n == 0 and keeps(stage, n)]
-    if own not in sizes:
-        sizes.append(own)
+    sizes = sorted({n for n in range(1, own) if share % n == 0 and keeps(stage, n)} | {own})
 
     def memory(size: int) -> Memory:
-        return predict(recipe, with_passes(stage, size, share), data, device, world)
+        return predict(recipe, with_passes(stage, size, share), data, device, world, shard, guide)
 
     if (whole := memory(own)).peak <= limit:
         return stage, whole
-    low, high = 0, len(sizes) - 1  # sizes[high] does not fit
+    low, high, smallest = 0, len(sizes) - 1, whole  # sizes[high] does not fit
     best: tuple[Stage, Memory] | None = None
-    smallest = whole
     while low < high:
         middle = (low + high) // 2
         found = memory(sizes[middle])

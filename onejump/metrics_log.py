@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from onejump.types import UserError
 
+Share = Callable[[Callable[[], None]], None]
 LINE_EVERY = 10.0  # seconds between two lines of progress
 
 
@@ -26,21 +27,27 @@ class JsonLines:
         self.path = path
         lines = [line for line in _whole_lines(path) if line["step"] <= last_step]
         self.last_step = lines[-1]["step"] if lines else None
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}")
-        draft.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        os.replace(draft, path)
-        self.file = open(path, "a")
+        with self._writing():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draft = path.with_name(f".{path.name}")
+            draft.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            os.replace(draft, path)
+            self.file = open(path, "a")
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Raises UserError if the disk is full."""
-        try:
+        with self._writing():
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
+        self.last_step = line["step"]
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             reason = f"{self.path}: could not write ({error.strerror}); checkpoints are untouched"
             raise UserError(f"{reason}; free space and run the same command again") from error
-        self.last_step = line["step"]
 
 
 def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -56,13 +63,28 @@ def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
 class RunLog:
     """metrics.jsonl and evaluations.jsonl in the folder of a stage, and TensorBoard's copy of them if asked for.
 
-    writes: False in all but one of several processes, where nothing is opened and nothing happens.
+    writes: False in all but one of several processes, where nothing is opened and nothing happens. share: does what it
+    is given, and has its failure known to the other processes, all of which make the same calls.
     """
 
-    def __init__(self, out: Path, last_step: int, tensorboard: bool = False, writes: bool = True):
-        self.metrics = JsonLines(out / "metrics.jsonl", last_step) if writes else None
-        self.evaluations = JsonLines(out / "evaluations.jsonl", last_step) if writes else None
-        self.board = _tensorboard(out / "tensorboard", last_step) if tensorboard and writes else None
+    def __init__(
+        self,
+        out: Path,
+        last_step: int,
+        tensorboard: bool = False,
+        writes: bool = True,
+        share: Share = lambda work: work(),
+    ):
+        self.metrics: JsonLines | None = None
+        self.evaluations: JsonLines | None = None
+        self.board: Any = None
+        self.share = share
+        share(lambda: self._open(out, last_step, tensorboard) if writes else None)
+
+    def _open(self, out: Path, last_step: int, tensorboard: bool) -> None:
+        self.metrics = JsonLines(out / "metrics.jsonl", last_step)
+        self.evaluations = JsonLines(out / "evaluations.jsonl", last_step)
+        self.board = _tensorboard(out / "tensorboard", last_step) if tensorboard else None
 
     @property
     def evaluated(self) -> int | None:
@@ -74,10 +96,10 @@ class RunLog:
         return list(_whole_lines(self.evaluations.path)) if self.evaluations else []
 
     def metric(self, line: Mapping[str, Any]) -> None:
-        self._write(self.metrics, line)
+        self.share(lambda: self._write(self.metrics, line))
 
     def evaluation(self, line: Mapping[str, Any]) -> None:
-        self._write(self.evaluations, line)
+        self.share(lambda: self._write(self.evaluations, line))
 
     def _write(self, file: JsonLines | None, line: Mapping[str, Any]) -> None:
         if file is not None:

@@ -56,8 +56,13 @@ def watched(nets: Nets, phases: Phases) -> Iterator[None]:
     handles = []
     for model in nets.models:
 
-        def began(module: nn.Module, args: Any, is_student: bool = model is nets.student) -> None:
-            before(is_student, len(args[0]))
+        def began(
+            module: nn.Module,
+            args: Any,
+            is_student: bool = model is nets.student,
+            passes: int = getattr(model.net, "passes", 1),
+        ) -> None:
+            before(is_student, passes * len(args[0]))
 
         handles.append(model.runner.register_forward_pre_hook(began))
         handles.append(model.runner.register_forward_hook(lambda module, args, out: after(out)))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from onejump.analytic import AnalyticPrecond
+from onejump.by_first import by_first
 from onejump.config import Distilling, Recipe, Stage
 from onejump.config_json import to_json
 from onejump.data.latents import LatentSet
@@ -24,9 +25,18 @@ from onejump.model import ConsistencyModel
 from onejump.prompts import PARTS
 from onejump.report import write_report
 from onejump.run_evaluation import evaluate_run, tell
-from onejump.run_record import finished, say
+from onejump.run_record import finished, has_begun, say
 from onejump.saved import SavedModel, model_sha256, save_model, write_json
-from onejump.start import Given, check_same_teacher, first_step_of, guide_of_stage, start_of, starting_model, teacher_of
+from onejump.start import (
+    Given,
+    check_same_teacher,
+    doubtful,
+    first_step_of,
+    guide_of_stage,
+    start_of,
+    starting_model,
+    teacher_of,
+)
 from onejump.teacher import jump_in, jump_of, load_teacher
 from onejump.train import Every, TrainResult, mix, train
 from onejump.types import UserError
@@ -41,17 +51,18 @@ def run(
     given: Given,
     tensorboard: bool = False,
     team: Team | None = None,
+    judge: Judge | None = None,
 ) -> Path:
     """Every stage, the evaluation and the report, in a folder that open_run has opened. Returns the report.
 
     What is finished already is left as it is, unless the models it was made from have changed. All processes of a team
-    call this; the first one writes.
+    call this; the first one writes. judge: of the same images, by another detector than their usual one.
     """
-    judge, team = Judge(data, detector_for(data)), team or Team(device=device)
+    judge, team = judge or Judge(data, detector_for(data)), team or Team(device=device)
     for name in recipe.stages:
         train_stage(recipe, name, judge, out, device, given, tensorboard, team)
     evaluate_run(recipe, judge, out, device, team)
-    return write_report(out) if team.first else out
+    return Path(by_first(team, lambda: str(write_report(out))))
 
 
 def train_stage(
@@ -81,15 +92,13 @@ def train_stage(
     team.barrier()  # all have read what the first now changes
     if stale:
         tell(team, f"{name}: {start.name} has changed since, trained again")
+    if (doubt := doubtful(recipe, name, start)) and not has_begun(folder):
+        tell(team, doubt)
     record |= {"first_step": first_step_of(recipe, name, out, start, stale)}
-    if team.first:
-        begin(folder, record, stale)
-    team.barrier()
+    by_first(team, lambda: begin(folder, record, stale))
     nets = nets_of(recipe, name, student, judge.data, out, team, given)
     result = train_nets(recipe, name, nets, judge, folder, record, tensorboard, team)
-    if team.first:
-        keep(recipe, name, result, judge.data, folder, record)
-    team.barrier()
+    by_first(team, lambda: keep(recipe, name, result, judge.data, folder, record))
 
 
 def begin(folder: Path, record: dict[str, Any], afresh: bool) -> None:
@@ -155,6 +164,7 @@ def train_nets(
         return saved_as(recipe, name, ema, step, judge.data, record)
 
     watch = Watch(judge, stage, recipe.evaluation, folder, data.classes, team, saved)
+    watch.ready()
     return train(
         stage,
         nets,

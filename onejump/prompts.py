@@ -14,7 +14,7 @@ from torch import Tensor
 from onejump.data.text_parts import autoencoder, part_sha256, text_encoder
 from onejump.data.text_set import TextSet, check_encoder
 from onejump.evaluation.foundation import CLIPDetector
-from onejump.generate import generate
+from onejump.generate import block_on, blocks_of, generate
 from onejump.model import ConsistencyModel
 from onejump.networks.text_unet import TextUNetConfig
 from onejump.samplers import Sampler
@@ -51,9 +51,20 @@ class Prompts:
         return sha256(json.dumps(self.texts).encode()).hexdigest()
 
     def embeddings(self, places: Sequence[int]) -> Tensor:
-        """Of these prompts, float32 [k, tokens, width], on the CPU."""
+        """Of these prompts, float32 [k, tokens, width], on the CPU.
+
+        As images are, each is made in its row of a block, so that its bits do not depend on which others are asked for.
+        """
         autoencoder(self.folder, self.device)  # read now, not by the threads that decode
-        return text_encoder(self.folder, self.device)([self.texts[k] for k in places]).cpu()
+        encoder, size = text_encoder(self.folder, self.device), block_on(self.device)
+        found: dict[int, Tensor] = {}
+        for block in blocks_of(places, size):
+            texts = [""] * size
+            for place in block:
+                texts[places[place] % size] = self.texts[places[place]]
+            made = encoder(texts).cpu()
+            found |= {place: made[places[place] % size] for place in block}
+        return torch.stack([found[place] for place in range(len(places))])
 
     @property
     def about(self) -> dict[str, str]:

@@ -191,12 +191,13 @@ def origin(run: RunFolder) -> str:
         return section("Origin", "", missing("No run.json in this folder.", run.command))
     shape = " \N{MULTIPLICATION SIGN} ".join(str(side) for side in data.get("shape", ()))
     labels = f"{data['classes']} classes" if data.get("classes") else "no labels"
+    judged = info.get("detector") or {}  # of the evaluations on the way, also before there is one of the whole run
     pairs = {
         "Command": info.get("command"),
         "Data": f"{data.get('name', DASH)}: {number(data.get('n'))} images of {shape}, {labels}",
         "Data sha256": data.get("fingerprint"),
-        "Detector": reference.get("detector"),
-        "Detector sha256": reference.get("detector_sha256"),
+        "Detector": reference.get("detector", judged.get("name")),
+        "Detector sha256": reference.get("detector_sha256", judged.get("sha256")),
         "Seeds": f"training {run.recipe.seed}, evaluation {run.recipe.evaluation.seed}",
         "Device": info.get("device"),
         "Threads": info.get("threads"),

@@ -22,7 +22,9 @@ def hand_overs(run: RunFolder) -> str:
     if not parts:
         return ""
     intro = "A stage with a rule ends by it, and hands over the model of its best evaluation, which is also its result."
-    return section("Hand-over", intro, *parts)
+    detector = (run.run.get("detector") or {}).get("name")
+    by = f" Distances are those of the detector “{detector}”." if detector else ""
+    return section("Hand-over", intro + by, *parts)
 
 
 def evidence(record: dict[str, Any]) -> str:

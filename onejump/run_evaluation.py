@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from onejump.by_first import by_first, led
 from onejump.config import Recipe
 from onejump.data.latents import LatentSet
 from onejump.data.text_set import TextSet
@@ -50,12 +51,14 @@ def evaluate_run(recipe: Recipe, judge: Judge, out: Path, device: torch.device, 
     if changed != list(hashes):
         tell(team, f"evaluation: {', '.join(changed)} changed since, made again")
     stages = {name: evaluate_stage(recipe, name, judge, out, hashes[name], team) for name in recipe.stages}
-    if team.first:
+
+    def write() -> None:
         labels = balanced_labels(GRID, recipe.network.label_dim)
         contact_sheet(real_images(judge.data, labels), 10, out / "report" / "real.png")
         write_json(path, {"detector": judge.detector.name, "reference": judge.reference, "stages": stages})
         shutil.rmtree(out / SHARES, ignore_errors=True)
-    team.barrier()
+
+    by_first(team, write)
 
 
 def changed_since(path: Path, hashes: dict[str, str]) -> list[str]:
@@ -71,15 +74,19 @@ def evaluate_stage(recipe: Recipe, name: str, judge: Judge, out: Path, sha256: s
     steps: Sequence[int] = (wanted.teacher_steps,) if isinstance(saved.sampler, ODE) else wanted.steps
     tell(team, f"evaluation: {name}, {wanted.n} images with {' and '.join(map(str, steps))} step(s)")
     workers = Workers(out / SHARES, rank=team.rank, world=team.world) if team.world > 1 else Workers()
-    found = evaluate(judge, saved, steps, wanted.n, wanted.seed, how=How(workers=workers, identity=sha256))
-    for k in steps:
-        images = generate_by(team, model, saved.sampler, k, GRID, judge.data.shape, labels, wanted.seed)
-        if team.first:
-            contact_sheet(images, 10, out / "report" / f"{name}-{k}step.png")
-        if team.first and k == steps[0]:
-            nearest = nearest_in(judge.data, images[:30])
-            neighbour_sheet(images[:30], nearest, 10, out / "report" / f"neighbours-{name}.png")
+    how = How(workers=workers, identity=sha256)
+    found = led(team, lambda: evaluate(judge, saved, steps, wanted.n, wanted.seed, how=how))
+    sheets = {k: generate_by(team, model, saved.sampler, k, GRID, judge.data.shape, labels, wanted.seed) for k in steps}
+    by_first(team, lambda: show_samples(judge, name, sheets, out / "report"))
     return found | {"model_sha256": sha256}
+
+
+def show_samples(judge: Judge, name: str, sheets: dict[int, Images], folder: Path) -> None:
+    """Those of each number of steps; under the first, the training images nearest to some."""
+    for k, images in sheets.items():
+        contact_sheet(images, 10, folder / f"{name}-{k}step.png")
+    first = next(iter(sheets.values()))[:30]
+    neighbour_sheet(first, nearest_in(judge.data, first), 10, folder / f"neighbours-{name}.png")
 
 
 def nearest_in(data: TrainingSet, samples: Images) -> Images:

@@ -17,7 +17,10 @@ from onejump import __version__
 from onejump.checkpoint import saved_steps
 from onejump.config import Recipe
 from onejump.config_json import from_json, join, to_json
+from onejump.data.latents import LatentSet
+from onejump.data.text_set import TextSet
 from onejump.data.training_set import TrainingSet
+from onejump.judge import Judge, detector_for
 from onejump.saved import not_written, write_json
 from onejump.types import UserError
 
@@ -85,6 +88,11 @@ def has_begun(folder: Path) -> bool:
     return (folder / "stage.json").exists() or bool(saved_steps(folder / "checkpoints"))
 
 
+def begun(out: Path) -> bool:
+    """Whether this is the folder of a run any stage of which has."""
+    return (out / "recipe.json").exists() and any(has_begun(path) for path in out.iterdir())
+
+
 def check_run(recipe: Recipe, data: TrainingSet, out: Path) -> list[Change]:
     """What is new against the folder's recipe.json. Raises UserError if its results would be another run's.
 
@@ -96,14 +104,14 @@ def check_run(recipe: Recipe, data: TrainingSet, out: Path) -> list[Change]:
         return []
     old, run = read_json(out / "recipe.json"), read_json(out / "run.json")
     found = list(changes(to_json(from_json(old)), to_json(recipe)))  # with the fields that are newer than the run
-    begun = [path.name for path in out.iterdir() if has_begun(path)]
-    if not begun:
+    trained = [path.name for path in out.iterdir() if has_begun(path)]
+    if not trained:
         return found
     refused = [str(change) for change in found if not _bearable(change, recipe, out)]
     if not refused and run["data"]["fingerprint"] != data.fingerprint:
         refused = ["other images"]
     if not refused:
-        moved = [name for name in begun if recipe.first_step(name) != from_json(old).first_step(name)]
+        moved = [name for name in trained if recipe.first_step(name) != from_json(old).first_step(name)]
         refused = [f"{change}, from which {moved[0]} counts on" for change in found if moved and _is_steps(change)]
     if refused:
         raise UserError(f"{out} holds another run ({refused[0]}); give another --out, or delete that folder")
@@ -124,14 +132,48 @@ def _bearable(change: Change, recipe: Recipe, out: Path) -> bool:
     return (longer or field.split(".")[0] in WHILE_IT_TRAINS) and not (out / stage / "stage.json").exists()
 
 
-def open_run(recipe: Recipe, data: TrainingSet, out: Path, device: torch.device, command: str) -> None:
+def about_detector(judge: Judge, asked: str | None = None, weights: Path | None = None) -> dict[str, Any] | None:
+    """What run.json says of the detector that judges a run: also how to find it again. None for latents, unjudged."""
+    if isinstance(judge.data, LatentSet | TextSet):
+        return None
+    given = {"asked": asked, "weights": None if weights is None else str(weights)}
+    return {"name": judge.detector.name, "sha256": judge.detector.hash, **given}
+
+
+def detector_begun(out: Path) -> dict[str, Any]:
+    """What about_detector said of a run that has begun; {} otherwise, and for one of before there was a choice."""
+    return (read_json(out / "run.json").get("detector") or {}) if begun(out) else {}
+
+
+def check_detector(judge: Judge, out: Path) -> None:
+    """Raises UserError for a detector that is not the one by which the run in this folder is judged so far."""
+    now, usual = about_detector(judge), about_detector(Judge(judge.data, detector_for(judge.data)))
+    known = detector_begun(out) or usual
+    if not begun(out) or not known or not now or all(known[key] == now[key] for key in ("name", "sha256")):
+        return
+    which = f"other weights of {now['name']}" if known["name"] == now["name"] else f"{known['name']}, not {now['name']}"
+    raise UserError(
+        f"--detector: the evaluations in {out} are by {which}, and would mix; leave it out, or give another --out "
+        "(onejump evaluate judges a finished model by any)"
+    )
+
+
+def open_run(
+    recipe: Recipe,
+    data: TrainingSet,
+    out: Path,
+    device: torch.device,
+    command: str,
+    detector: dict[str, Any] | None = None,
+) -> None:
     """Writes recipe.json and run.json, or what is new in them; within `alone`. Raises UserError as check_run does.
 
     `command` joins those before it where one of them began a stage with --init: only together they are the run.
+    detector: as about_detector; it does not change.
     """
     found = check_run(recipe, data, out)
-    if not (out / "recipe.json").exists() or not any(has_begun(path) for path in out.iterdir()):
-        write_json(out / "run.json", about_run(recipe, data, device, command))
+    if not begun(out):
+        write_json(out / "run.json", about_run(recipe, data, device, command) | {"detector": detector})
         write_json(out / "recipe.json", to_json(recipe))
         return
     for change in found:

@@ -15,6 +15,7 @@ from onejump.analytic import AnalyticPrecond
 from onejump.checkpoint import Checkpoint
 from onejump.config import Stage
 from onejump.distributed import Team, hollow, local, spread, whole
+from onejump.ema import PowerEMA
 from onejump.engine import Engine
 from onejump.methods.base import Nets, Stats
 from onejump.methods.continuous import ContinuousCD, ContinuousCT
@@ -58,8 +59,8 @@ class Run:
         team: whose processes then run them together.
         """
         team = team or Team(device=device)
-        nets.student.to(device)
-        ema = copy.deepcopy(nets.student).eval().requires_grad_(False)
+        ema = copy.deepcopy(nets.student.to(device)).eval().requires_grad_(False)
+        ema.jump = stage.sampling_jump(ema.jump)
         for model in nets.models:
             model.to(device).train(model is not nets.teacher).autocast = PRECISIONS[stage.precision]
         frozen = checksum_of_frozen(stage, nets)
@@ -114,21 +115,28 @@ class Run:
         Where the loss or a gradient is not finite nothing changes but the counts. progress: the share of the stage that
         is done; steps: the end of the chain.
         """
-        updater, self.rate = self.at_turn, self.stage.rate.rate(self.step, progress)
+        updater, self.rate, decays = self.at_turn, self.stage.rate.rate(self.step, progress), self.decays(steps)
         if updater is self.critic or self.student.runner is self.student.net:  # no wrapper that does it
             self.team.average_gradients(updater.parameters)
         loss = self.team.mean(loss)
         if self.nets.critic and updater is self.critic:
             grad_norm = updater.step(loss, self.nets.critic.rate, (), self.stage.clip)
+            self.updater.follow(decays, updater.skipped_in_row.clamp(max=1).float())
         else:
-            decays = [self.stage.ema.decay(self.step + 1)]
-            decays += [self.nets.average.decay(self.step, steps)] if self.nets.average else []
-            decays += self.averager.decays(self.step + 1) if self.averager else []
             grad_norm = updater.step(loss, self.rate, decays, self.stage.clip)
         if self.nets.critic:
             self.nets.critic.net.zero_grad()  # of its part in the student's loss
         self.sums.add(loss, grad_norm, stats, good=updater.skipped_in_row == 0)
         self.step += 1
+
+    def decays(self, steps: int) -> list[float]:
+        """The share that each average of the student keeps in this step. Power functions are of steps, and see the
+        student stand still while the critic is trained; others, and the method's own, are of the student's updates."""
+        is_update = self.at_turn is self.updater
+        decays = [self.stage.ema.decay(self.step + 1) if is_update or isinstance(self.stage.ema, PowerEMA) else 1.0]
+        if self.nets.average:
+            decays.append(self.nets.average.decay(self.step, steps) if is_update else 1.0)
+        return decays + (self.averager.decays(self.step + 1) if self.averager else [])
 
     @property
     def skipped(self) -> int:
@@ -198,13 +206,7 @@ class Run:
         if self.team.any(bad is not None):
             bad = next(name for name in self.team.all_told(bad) if name)
             raise UserError(f"step {self.step}: {bad} is no longer finite and was not saved; try a lower rate")
-        meta = {
-            "sums": self.sums.meta(),
-            "rate": self.rate,
-            "frozen": self.frozen,
-            **self.clock(),
-        }
-        return tensors, meta
+        return tensors, {"sums": self.sums.meta(), "rate": self.rate, "frozen": self.frozen, **self.clock()}
 
     def restore(self, saved: Checkpoint) -> None:
         """Go on from a checkpoint. Raises UserError if it belongs to other networks or another optimiser."""

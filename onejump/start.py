@@ -14,6 +14,8 @@ from onejump.config_json import to_json
 from onejump.fit import check_precond, network_of
 from onejump.importers.stable_diffusion import open_model, open_sha256
 from onejump.methods.dsm import DSM
+from onejump.methods.ect import ECT
+from onejump.methods.tcm import TCM
 from onejump.model import ConsistencyModel
 from onejump.networks.lora import merged
 from onejump.networks.text_unet import TextUNetConfig
@@ -72,6 +74,15 @@ class Start:
     def differs(self, folder: Path) -> bool:
         """Whether the stage in this folder has begun from something else."""
         return has_begun(folder) and recorded_start(folder).get("started_from", self.sha256) != self.sha256
+
+
+def doubtful(recipe: Recipe, name: str, start: Start) -> str | None:
+    """What to say of a stage that starts otherwise than its paper; the methods that begin at random weights may."""
+    core = recipe.stages[name].core
+    if start.source is not None or not isinstance(core, ECT | TCM):
+        return None
+    way_out = f"give it one by onejump train {recipe.name} --stage {name} --init MODEL"
+    return f"{name}: starts from random weights, but {type(core).__name__} tunes a diffusion model; {way_out}"
 
 
 def recorded_start(folder: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ again ends with the same bits as one that never stopped, one on many processes w
 checkpoint holds no state of a generator.
 """
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from onejump import draws
+from onejump.by_first import by_first
 from onejump.checkpoint import checkpoint_path, saved_steps
 from onejump.config import Stage
 from onejump.data.augment import Seeded
@@ -23,7 +25,7 @@ from onejump.data.training_set import TrainingSet
 from onejump.distributed import Team, apart
 from onejump.guidance import drop_labels
 from onejump.intervals import Every, Keeper, Reports, due
-from onejump.methods.base import Nets, Stats, together
+from onejump.methods.base import Company, Nets, Stats, together
 from onejump.methods.ctm import CTM
 from onejump.methods.ctm_gan import CTMGAN
 from onejump.methods.tcm import TCM
@@ -84,9 +86,10 @@ def train(
     run = Run.start(stage, nets, first_step, device, team)
     saver = Saver(folder, team)
     resumed, warnings = restore(run, saver, last_step)
-    log = RunLog(out, run.step, tensorboard, writes=team.first)
+    log = RunLog(out, run.step, tensorboard, team.first, functools.partial(by_first, team))
+    company = Company(team.sharded, team.mean)
     watchdog, snapshots = Watchdog(out, rank=team.rank, world=team.world), Keeper(run, out / "ema", last_step)
-    with closing(progress), closing(log), together(team.sharded), StopOnSignal() as stop, watchdog as dog:
+    with closing(progress), closing(log), together(company), StopOnSignal() as stop, watchdog as dog:
         progress.start(stage.steps, run.step - first_step)
         for warning in warnings:
             progress.message(warning)

@@ -94,14 +94,22 @@ class Updater:
             divisor = None  # with one, the kernel writes the gradients back
         for move in self.moves(rate, bad):
             self.move(grads, move, divisor)
-        for average, decay in zip(self.flat_averages, decays, strict=True):
-            lerp(average, self.weights, 1 - decay, bad)
+        self.follow(decays, bad)
         if self.scaled:
             torch._amp_update_scale_(self.scale, self.good_in_row, bad, 2.0, 0.5, GROWTH_INTERVAL)
         self.skipped += bad.long()
         self.skipped_in_row.add_(1).mul_(bad.long())
         self.clear()
         return norm
+
+    @torch.no_grad()
+    def follow(self, decays: Sequence[float], forbidden: Tensor) -> None:
+        """Average j keeps the share decays[j] of itself, the rest becomes the weights; nothing if `forbidden` is 1."""
+        if self.addresses != self.found_at():
+            self.flatten()
+        for average, decay in zip(self.flat_averages, decays, strict=True):
+            if decay != 1:
+                lerp(average, self.weights, 1 - decay, forbidden)
 
     def moves(self, rate: float, bad: Tensor) -> list[Move]:
         """Adam's step; RAdam's, as Adam's step with other numbers (Liu et al. 2020, algorithm 2).

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from onejump.by_first import by_first
 from onejump.checkpoint import saved_steps
 from onejump.config import Evaluation, Stage
 from onejump.data.latents import LatentSet
@@ -98,37 +99,44 @@ class Watch:
         return generate_by(self.team, ema, sampler, steps, n, self.judge.data.shape, labels, self.wanted.seed)
 
     def on_sample(self, ema: ConsistencyModel, step: int) -> None:
-        path, sampler = self.folder / "samples" / f"step-{step:08d}.png", self.stage.sampler
-        if isinstance(self.judge.data, TextSet) and self.team.first:
-            contact_sheet(shown(ema, sampler, self.judge.data, self.wanted.seed), len(SHOWN), path)
-        if isinstance(self.judge.data, LatentSet | TextSet):  # latents alone can be shown by their autoencoder only
+        path, sampler, data = self.folder / "samples" / f"step-{step:08d}.png", self.stage.sampler, self.judge.data
+        if isinstance(data, TextSet):
+            seed = self.wanted.seed
+            by_first(self.team, lambda: contact_sheet(shown(ema, sampler, data, seed), len(SHOWN), path))
+        if isinstance(data, LatentSet | TextSet):  # latents alone can be shown by their autoencoder only
             return
         steps = 1
         if isinstance(sampler, ODE | Jumps):  # which cannot take one
             steps = self.wanted.teacher_steps if isinstance(sampler, ODE) else len(sampler.start)
         images = self.images(ema, GRID, steps)
-        if self.team.first:
-            contact_sheet(images, 10, path)
+        by_first(self.team, lambda: contact_sheet(images, 10, path))
 
     def on_evaluate(self, ema: ConsistencyModel, step: int) -> dict[str, Any]:
         """The line of evaluations.jsonl, once the model is kept if it is the best by the stage's rule."""
-        if isinstance(self.stage.sampler, ODE):  # dozens of network calls an image: evaluated once, at the end
-            return {"frechet": {}}
-        if isinstance(self.judge.data, LatentSet | TextSet):
+        if not self.judges:
             return {"frechet": {}}
         line = {"frechet": {str(k): self.frechet(self.images(ema, self.wanted.n, k)) for k in self.wanted.steps}}
         rule = self.stage.until
         if rule is None:
             return line
-        if rule.t is not None:
+        if (t := rule.t) is not None:
             kind, which = rule.measure
-            line[kind] = {which: self.team.told(self.denoising(ema, rule.t) if self.team.first else None)}
-        if self.team.first:
-            Best(rule, self.folder).keep(line, step, lambda: self.saved(ema, step))
+            line[kind] = {which: by_first(self.team, lambda: self.denoising(ema, t))}
+        by_first(self.team, lambda: Best(rule, self.folder).keep(line, step, lambda: self.saved(ema, step)))
         return line
 
+    @property
+    def judges(self) -> bool:
+        """Not diffusion models, of dozens of network calls an image, which are judged once, at the end; nor latents."""
+        return not isinstance(self.stage.sampler, ODE) and not isinstance(self.judge.data, LatentSet | TextSet)
+
+    def ready(self) -> None:
+        """Has the real images measured now, which may take long, and not when the first evaluation is due."""
+        if self.judges:
+            by_first(self.team, self.judge.measure_real)
+
     def frechet(self, images: Images) -> float:
-        return self.team.told(self.judge.frechet(images) if self.team.first else None)
+        return by_first(self.team, lambda: self.judge.frechet(images))
 
     def denoising(self, ema: ConsistencyModel, t: float) -> float:
         """The denoising FID at t, of the same images and noise at every step."""

@@ -10,7 +10,7 @@ from training_setup import Recorder, run, stage_of
 
 from onejump.checkpoint import load_checkpoint
 from onejump.data.image_set import ImageSet
-from onejump.ema import ConstantEMA
+from onejump.ema import ConstantEMA, PowerEMA, Snapshots, gamma_of
 from onejump.methods.cd import CD
 from onejump.methods.ct import CT
 from onejump.methods.ctm import CTM
@@ -19,7 +19,7 @@ from onejump.model import ConsistencyModel
 from onejump.networks.critic import SmallCriticConfig
 from onejump.networks.mlp import MLPConfig
 from onejump.precond import CM, Euler
-from onejump.train import Interrupted
+from onejump.train import Every, Interrupted
 from onejump.types import UserError
 
 CLOCK = {"seconds", "train_seconds", "images_per_second"}
@@ -116,6 +116,33 @@ def samples(stage, nets, out):
     seen = {}
     run(stage, out, nets=nets, data=data(), on_sample=lambda ema, step: seen.update({step: bits(ema)}))
     return seen
+
+
+@pytest.mark.parametrize("steps", [6, 7])  # the last is a critic's turn, or a student's
+def test_power_functions_are_of_steps_also_where_half_of_them_are_the_critics(steps, tmp_path):
+    """Closed form: theta_k counts by the integral of p from k - 1 to k, and at the critic's turns is that before."""
+    stage = stage_of(GAN, steps=steps, ema=PowerEMA(6.94), snapshots=Snapshots((0.05, 0.1), count=1))
+    nets, thetas = nets_of(GAN), []
+    note = Recorder(lambda done: thetas.append([p.detach().double().clone() for p in nets.student.parameters()]))
+    ema = run(stage, tmp_path, nets=nets, data=data(), progress=note).ema
+    averager = load_checkpoint(tmp_path / "checkpoints").tensors
+    for name, gamma in (("ema", 6.94), ("snapshots/0.05", gamma_of(0.05)), ("snapshots/0.1", gamma_of(0.1))):
+        shares = [((k + 1) / steps) ** (gamma + 1) - (k / steps) ** (gamma + 1) for k in range(steps)]
+        for i, (field, p) in enumerate(ema.named_parameters()):
+            expected = sum(share * theta[i] for share, theta in zip(shares, thetas, strict=True))
+            found = p if name == "ema" else averager[f"{name}/{field.removeprefix('net.')}"]
+            torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-7)
+    assert all(a.equal(b) for a, b in zip(thetas[0], thetas[1], strict=True))
+
+
+@pytest.mark.parametrize("at", [3, 4])
+def test_averages_of_steps_too_stay_as_they_are_in_a_bad_step(at, tmp_path):
+    """Of the critic and of the student."""
+    stage, seen = stage_of(Bad(GAN, {at}), steps=6, ema=PowerEMA(6.94)), []
+    every = Every(log=4, save=100, sample=1, evaluate=100)
+    nets = nets_of(GAN)
+    run(stage, tmp_path, nets=nets, data=data(), every=every, on_sample=lambda ema, step: seen.append(bits(ema)))
+    assert [a == b for a, b in zip(seen[1:-1], seen[2:], strict=True)] == [step == at for step in range(2, 6)]
 
 
 def test_power_iteration_is_all_that_moves_in_the_critic_at_the_students_turns(tmp_path):

@@ -9,16 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 from processes import Crew
-from team_setup import stage, trained, weights
+from team_setup import nets_of, stage, trained, weights
+from test_cost import allocated
 from training_setup import Recorder, stage_of, student
 
 from onejump.checkpoint import load_checkpoint
-from onejump.distributed import Team, hollow, whole
+from onejump.config import Recipe, Stage
+from onejump.distributed import Team, hollow, local, whole
 from onejump.generate import generate, generate_by
 from onejump.join import environment, first_host, join
+from onejump.memory import nets_for, step_bytes, typical_step
 from onejump.methods.ctm import CTM
+from onejump.methods.ect import ECT
+from onejump.methods.tcm import TCM
 from onejump.model import ConsistencyModel
 from onejump.networks.edm2_unet import EDM2UNetConfig
+from onejump.networks.mlp import MLPConfig
+from onejump.networks.song_unet import SongUNetConfig
 from onejump.run_state import Run
 from onejump.samplers import Multistep
 from onejump.signals import Interrupted
@@ -46,7 +53,10 @@ def flat(value):
 SPREADS = {"DDP": (2, 1), "FSDP2": (4, 4), "HSDP": (4, 2)}
 
 
-@pytest.mark.parametrize("name, spread", [("ect", "DDP"), ("tcm", "FSDP2"), ("ect", "HSDP"), ("continuous", "DDP")])
+@pytest.mark.parametrize(
+    "name, spread",
+    [("ect", "DDP"), ("tcm", "FSDP2"), ("ect", "HSDP"), ("continuous", "DDP"), ("ctm", "DDP"), ("gan", "DDP")],
+)
 def test_many_processes_end_with_the_weights_of_one(tmp_path, crew, name, spread):
     """After 20 steps, to 1e-5: weights, and what is logged of all samples."""
     alone, told = trained(Team(), tmp_path / "one", stage(name))
@@ -55,7 +65,7 @@ def test_many_processes_end_with_the_weights_of_one(tmp_path, crew, name, spread
     for ema, lines in found:
         torch.testing.assert_close(torch.tensor(ema), torch.tensor(alone), rtol=0, atol=1e-5)
         assert flat(numbers(lines)) == pytest.approx(flat(numbers(told)), abs=1e-4)
-    assert (torch.tensor(alone) - weights(student())).abs().max() > 1e-3
+    assert (torch.tensor(alone) - weights(nets_of(stage(name).method).student)).abs().max() > 1e-3
 
 
 def test_micro_batches_of_processes_end_with_the_weights_of_one(tmp_path, crew):
@@ -121,6 +131,35 @@ def test_parameters_without_dimensions_are_trained_too(crew):
     for ema, seen in found:
         torch.testing.assert_close(torch.tensor(ema), torch.tensor(alone), rtol=0, atol=1e-5)
         assert seen == pytest.approx(norms, rel=1e-5)
+
+
+SONG = SongUNetConfig(8, 1, 0, model_channels=32, channel_mult=(1,), num_blocks=1, attn_resolutions=(8,))
+HEAVY = MLPConfig((1, 8, 8), width=256, depth=2)  # weights outweigh maps
+PIECES = {
+    "maps": (SONG, Stage(ECT(), steps=1, batch=32, checkpointing=True)),
+    "weights": (HEAVY, Stage(TCM(), steps=1, batch=64, sampler=Multistep(mid=(1.0,)))),
+}
+
+
+def taken(team, network, wanted):
+    """(bytes that lie on this process between steps, the most that a step allocates besides)."""
+    step = typical_step(wanted)
+    nets = nets_for(Recipe("test", network, {"stage": wanted}), wanted, team.device)
+    run = Run.start(wanted, nets, step, team.device, team)
+    x0, drawn = torch.zeros(wanted.batch // team.world, 1, 8, 8), Drawn(1, team.rank, team.world)
+    _, peak = allocated(lambda: accumulate(wanted, nets, x0, None, step, step + 1, drawn, run.at_turn.scale))
+    kept = [p for model in (*nets.models, run.ema) for p in model.parameters()]
+    return sum(local(t).nbytes for t in (*kept, *run.updater.exp_avg, *run.updater.exp_avg_sq)), peak
+
+
+@pytest.mark.parametrize(("network", "wanted"), PIECES.values(), ids=PIECES)
+def test_memory_with_weights_in_pieces_is_what_was_counted(crew, network, wanted):
+    held, passes = step_bytes(Recipe("test", network, {"stage": wanted}), wanted, (1, 8, 8), world=2, shard=2)
+    whole, _ = step_bytes(Recipe("test", network, {"stage": wanted}), wanted, (1, 8, 8), world=2)
+    found = crew.run(2, taken, network, wanted, shard=2)
+    assert max(lies for lies, _ in found) == held < 0.6 * whole
+    for _, peak in found:
+        assert 0.85 * peak < passes < 1.15 * peak
 
 
 def made_together(team):

@@ -1,17 +1,22 @@
 """Guidance in training: a guided teacher in a run, and labels that are left out so that there is one."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
-from tiny_run import NETWORK, record
+from tiny_run import NETWORK, record, said
 from training_setup import run, stage_of, student
 
+from onejump.analytic import estimate
+from onejump.analytic_table import Estimator, load_table
 from onejump.cli import main
 from onejump.config_json import from_json
 from onejump.data.augment import Seeded
 from onejump.data.digits import digits
+from onejump.evaluate import evaluate
 from onejump.guidance import NO_LABEL, drop_labels, guided, guided_sha256
+from onejump.judge import Judge, detector_for
 from onejump.methods.base import Nets
 from onejump.methods.dsm import DSM
 from onejump.saved import load_model, model_sha256
@@ -96,3 +101,40 @@ def test_training_leaves_labels_out_in_the_same_places_whatever_the_passes(tmp_p
 def test_without_labels_a_guided_model_has_nothing_to_compare():
     with pytest.raises(UserError, match="got neither"):
         guided(student(dropout=0.0), 2.0).denoise(torch.zeros(2, 1, 4, 4), torch.ones(2))
+
+
+def test_evaluate_judges_the_guided_model(out, tmp_path):
+    """As it judges the same one made by hand; with guidance 1 the model itself; each is a record of its own."""
+    saved = load_model(out / "teacher")
+    judge = Judge(digits(), detector_for(digits()))
+    found = {}
+    for scale in (3, 1):
+        words = ["evaluate", out / "teacher", "--n", "40", "--steps", "3", "--guidance", scale]
+        assert main([str(word) for word in (*words, "--out", tmp_path / f"{scale}.json")]) == 0
+        found[scale] = record(tmp_path / f"{scale}.json")
+        model = guided(saved.model, float(scale)) if scale != 1 else saved.model
+        expected = evaluate(judge, replace(saved, model=model), [3], 40, 1234)["steps"]["3"]
+        assert found[scale]["steps"]["3"]["frechet"] == pytest.approx(expected["frechet"], rel=1e-4)
+    sha = model_sha256(out / "teacher")
+    assert found[3]["guidance"] == {"scale": 3, "guide": None} and "guidance" not in found[1]
+    assert [found[scale]["model_sha256"] for scale in (1, 3)] == [sha, guided_sha256(sha, 3.0)]
+
+
+def test_precond_makes_the_table_that_a_run_with_this_guidance_takes(out, tmp_path):
+    words = ["precond", out / "teacher", "--times", "2", "--samples", "4", "--out", tmp_path / "table.json"]
+    assert main([str(word) for word in (*words, "--guidance", "3")]) == 0
+    found, saved = load_table(tmp_path / "table.json"), load_model(out / "teacher")
+    x0, labels = digits().batch(0, 4, seed=0)
+    same = estimate(guided(saved.model, 3.0), x0, labels, Estimator(2, 4))
+    assert (same.l_t, same.s_t) == (found.l_t, found.s_t)
+    recipe = from_json(record(out / "recipe.json"))
+    assert found.teacher == load_teacher(recipe, "cd", out / "teacher", digits(), CPU).sha256
+
+
+def test_what_cannot_be_guided_is_one_line(out, capsys):
+    for command in ("evaluate", "precond"):
+        told = "consistency model, and diffusion models alone" if command == "evaluate" else "not a diffusion model"
+        assert told in said(capsys, [command, out / "cd", "--guidance", "2"], 2)
+        line = said(capsys, [command, out / "teacher", "--guide", out / "teacher"], 2)
+        assert "--guide" in line and "nothing is guided at scale 1; give --guidance too" in line
+    assert "--guidance is for a model" in said(capsys, ["evaluate", "--images", "digits", "--guidance", "2"], 2)

@@ -8,16 +8,20 @@ from test_cost import allocated
 
 from onejump import draws
 from onejump.config import Recipe, Stage
+from onejump.cost import bytes_of, flops_of
 from onejump.data.image_set import ImageSet
 from onejump.engine import Engine
-from onejump.memory import bytes_in, fitting, nets_for, predict, step_bytes, typical_step
+from onejump.guidance import autoguided, guided
+from onejump.memory import bytes_in, fitting, nets_for, predict, step_bytes, teacher_for, typical_step
+from onejump.methods.cd import CD
 from onejump.methods.ctm import CTM
 from onejump.methods.ect import ECT
 from onejump.methods.tcm import TCM
+from onejump.model import ConsistencyModel
 from onejump.networks.edm2_unet import EDM2UNetConfig
 from onejump.networks.mlp import MLPConfig
 from onejump.networks.song_unet import SongUNetConfig
-from onejump.precond import Euler
+from onejump.precond import CM, Euler
 from onejump.samplers import Multistep, Trajectory
 from onejump.types import UserError
 
@@ -35,6 +39,39 @@ STAGES = {
         Stage(CTM(n=3, max_steps=1), steps=1, batch=512, jump=Euler(), second_time="zero", sampler=Trajectory()),
     ),
 }
+
+
+KNOWS = SongUNetConfig(8, 3, 2, model_channels=32, channel_mult=(1,), num_blocks=1, attn_resolutions=())
+GUIDED = Stage(CD(n=4), steps=1, batch=16, jump=CM(), checkpointing=True, guidance=3.0)
+SMALL = replace(KNOWS, model_channels=16)
+
+
+@pytest.mark.parametrize("guide", [None, SMALL])
+def test_a_guided_teacher_takes_its_second_pass(guide):
+    """Against real steps, with a teacher whose guidance is made by hand; a guide of its own is held besides."""
+    recipe = recipe_of(KNOWS, GUIDED)
+    held, passes = step_bytes(recipe, GUIDED, (3, 8, 8), guide=guide)
+    weights = bytes_of(KNOWS.build())
+    assert held == 5 * weights + (bytes_of(guide.build()) if guide else 0)  # student, teacher, two moments, EMA
+    teacher = ConsistencyModel(KNOWS.build()).eval()
+    by = guided(teacher, 3.0)
+    if guide:
+        by = autoguided(teacher, ConsistencyModel(guide.build()).eval(), 3.0)
+    student = ConsistencyModel(KNOWS.build(), jump=CM()).train()
+    Engine().prepare(student, checkpointing=True)
+    x0, cond, step = torch.zeros(16, 3, 8, 8), torch.zeros(16, dtype=torch.int64), typical_step(GUIDED)
+    nets = GUIDED.method.nets(student, by)
+    _, peak = allocated(lambda: GUIDED.method.loss(nets, x0, cond, step, step)[0].backward())
+    assert 0.85 * peak < passes < 1.15 * peak
+
+
+@pytest.mark.parametrize("network", [KNOWS, replace(KNOWS, label_dim=0)])
+def test_a_guided_teacher_costs_two_calls_of_its_network(network):
+    """By its labels; and without any, by its like."""
+    with torch.device("meta"):
+        teachers = [teacher_for(network, replace(GUIDED, guidance=w), torch.device("meta"), None) for w in (1.0, 3.0)]
+        once, guided_once = (flops_of(teacher.net, network) for teacher in teachers)
+    assert guided_once == 2 * once > 0
 
 
 def images():

@@ -75,6 +75,17 @@ def test_sample_refuses_what_the_model_cannot_do(out, options, part, capsys, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_wrong_option_is_one_line_too(capsys):
+    """As a pattern is that a shell has made files of."""
+    for argv, told in (
+        (["sample", "x", "--frob"], "--frob; see onejump sample --help"),
+        (["data", "show", *(f"{k}.png" for k in range(50))], "1.png 2.png 3.png and 46 more; see onejump data --help"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        assert (stop.value.code, capsys.readouterr().err) == (2, f"onejump: unrecognized arguments: {told}\n")
+
+
 def test_a_teacher_is_sampled_by_its_ode_alone(out, tmp_path, capsys):
     assert "needs at least 2" in said(capsys, ["sample", out / "teacher", "--steps", "1"], 2)
     assert "--steps only" in said(capsys, ["sample", out / "teacher", "--times", "80"], 2)

@@ -1,6 +1,7 @@
 """Recipes fit the images they are given, survive JSON, and keep the structure of their papers."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,18 +9,27 @@ import torch
 from onejump import solvers
 from onejump.analytic import AnalyticPrecond
 from onejump.config_json import from_json, to_json
+from onejump.data.digits import digits
 from onejump.data.image_set import ImageSet
 from onejump.estimate import nets_for
+from onejump.evaluate import Judge, detector_for
 from onejump.fit import network_of
+from onejump.generate import balanced_labels, generate
 from onejump.lpips import LPIPS
 from onejump.methods.base import boundary_count
 from onejump.methods.dsm import DSM
 from onejump.methods.ect import ECT
 from onejump.methods.ict import ICT
 from onejump.methods.tcm import TCM
-from onejump.precond import CM, Euler
+from onejump.overrides import apply_overrides
+from onejump.pipeline import train_stage
+from onejump.precond import CM, Euler, ToData
 from onejump.recipes import NAMES, PUBLISHED, build_recipe, names
+from onejump.run_folder import read_lines
+from onejump.run_record import open_run
 from onejump.samplers import ODE
+from onejump.saved import load_model
+from onejump.start import Given
 from onejump.times import LogStudentT
 from onejump.types import UserError
 
@@ -95,6 +105,60 @@ def test_digits_ict_is_one_stage_of_ict_from_data_alone():
     (stage,) = build_recipe("digits-ict", images(1, 8, 8, 10)).stages.values()
     assert isinstance(stage.method, ICT) and stage.jump == CM()
     assert (stage.method.P_mean, stage.method.P_std) == (-1.1, 2.0)
+
+
+SHORT = [f"{stage}.{field}" for stage in ("teacher", "stage1", "stage2") for field in ("steps=2", "batch=16")]
+SHORT += ["network=MLPConfig(shape=(1,8,8),label_dim=10,width=16,depth=1)", "evaluation.n=20", "evaluate_every=1"]
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return Judge(digits(), detector_for(digits()))
+
+
+@pytest.fixture(scope="module")
+def shifted(tmp_path_factory, judge):
+    """Two runs of ECT and TCM that differ in stage 1's shift alone: 0 and 0.003."""
+    folders, data = {}, digits()
+    for shift in (0.0, 0.003):
+        recipe = apply_overrides(build_recipe("digits", data), [*SHORT, f"stage1.shift={shift}"])
+        recipe = replace(recipe, stages={name: recipe.stages[name] for name in ("stage1", "stage2")})
+        folders[shift] = tmp_path_factory.mktemp("shift") / "run"
+        open_run(recipe, data, folders[shift], torch.device("cpu"), "")
+        for name in recipe.stages:
+            train_stage(recipe, name, judge, folders[shift], torch.device("cpu"), Given())
+    return folders
+
+
+def test_a_shift_is_of_the_averaged_model_in_sampling_and_of_nothing_that_is_trained(shifted):
+    """c_skip = sd^2 / ((t - m)^2 + sd^2), c_out = (t - m) sd / sqrt(t^2 + sd^2) with m = 0.003, as ECT evaluates."""
+    plain, moved = (load_model(shifted[shift] / "stage1").model for shift in (0.0, 0.003))
+    x, t, cond, sd, m = torch.randn(4, 1, 8, 8), torch.tensor([0.003, 0.1, 0.821, 80.0]), torch.arange(4), 0.5, 0.003
+    for name in ("stage1", "stage2"):  # the next stage starts from the same weights, and does not inherit it
+        weights = [(shifted[shift] / name / "model" / "model.safetensors").read_bytes() for shift in (0.0, 0.003)]
+        assert weights[0] == weights[1]
+    assert load_model(shifted[0.003] / "stage2").model.jump == plain.jump == ToData() and moved.jump == CM(m, sd)
+    F = plain.denoise(x, t, cond=cond) - plain.precond(t).c_skip.view(-1, 1, 1, 1) * x
+    F = F / plain.precond(t).c_out.view(-1, 1, 1, 1)
+    c_skip, c_out = sd**2 / ((t - m) ** 2 + sd**2), (t - m) * sd / (t**2 + sd**2).sqrt()
+    expected = c_skip.view(-1, 1, 1, 1) * x + c_out.view(-1, 1, 1, 1) * F
+    torch.testing.assert_close(moved(x, t, cond=cond), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(moved(x, t, cond=cond)[0], x[0])
+
+
+def test_evaluations_on_the_way_are_of_the_shifted_model(shifted, judge):
+    last, saved = read_lines(shifted[0.003] / "stage1" / "evaluations.jsonl")[-1], load_model(shifted[0.003] / "stage1")
+    for steps in (1, 2):
+        made = generate(saved.model, saved.sampler, steps, range(20), saved.shape, balanced_labels(20, 10), 1234)
+        assert judge.frechet(made) == pytest.approx(last["frechet"][str(steps)], rel=1e-5)
+    assert last["frechet"] != read_lines(shifted[0.0] / "stage1" / "evaluations.jsonl")[-1]["frechet"]
+
+
+def test_ECT_on_cifar10_is_shifted_and_nothing_else():
+    found = {name for name in FIXED for stage in build_recipe(name, None).stages.values() if stage.shift == 0.003}
+    assert found == {f"ect-cifar10-{length}" for length in ("100k", "200k", "400k", "hour")}
+    with pytest.raises(UserError, match="shift: 0.003 is for ECT with jump=ToData and precond=EDM, not for TCM"):
+        apply_overrides(build_recipe("tcm-cifar10", None), ["stage2.shift=0.003"])
 
 
 # Zheng et al. 2025, table 3: N, most ODE steps, iterations, batch; parameters with and without the second time

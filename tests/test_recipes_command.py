@@ -41,7 +41,15 @@ def test_one_recipe_is_told_whole(capsys, monkeypatch):
     text = shown(capsys, "tcm-imagenet64-s")
     record = records()["tcm-imagenet64-s"]
     assert record.note in text and record.cost in text and "280,209,253 parameters; published 280.2 M" in text
-    assert all(f"  {line}\n" in text for line in record.command.splitlines())
+    lines = text[text.index("Commands") : text.index("Configuration")].splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("  ")] == [
+        "import",
+        "data",
+        "train",
+        "run",
+        "evaluate",
+    ]
+    assert all(f"  {line}" in lines for line in record.command.splitlines())
     assert "stage2.method.w_b                 0.1\n" in text
     assert "--scale tiny         stage1 2 x 4, stage2 2 x 4" in text and "--scale small" in text
 

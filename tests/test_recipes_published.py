@@ -1,6 +1,7 @@
 """Published recipes: the papers' numbers, parameters and figures, each in its place, and the documents of them."""
 
 import functools
+import re
 import shlex
 from pathlib import Path
 
@@ -8,15 +9,19 @@ import pytest
 import torch
 
 from onejump.cli import read
+from onejump.cli_training import default_out
 from onejump.config import Recipe
 from onejump.config_json import from_json, to_json
 from onejump.fit import network_of
+from onejump.hand_over import Plateau
 from onejump.networks.text_unet import TextUNetConfig
 from onejump.overrides import apply_overrides
 from onejump.recipes import NAMES, PUBLISHED, build_recipe, names
 from onejump.recipes.effort import gpu_hours
 from onejump.recipes.record import Published
+from onejump.recipes.sequence import STARTS, in_its_place, sequence, starts
 from onejump.recipes.table import records, results_table
+from onejump.start import starts_from
 
 ROOT = Path(__file__).parent.parent
 ALL = names(PUBLISHED)
@@ -183,14 +188,46 @@ def test_cost_counts_the_passes_of_the_network():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_recipe_survives_json_and_its_commands_are_valid(name):
+def test_every_recipe_survives_json_and_its_commands_run_one_after_the_other(name):
+    """Each line is a valid command, and what it reads lies where a line before it put it."""
     recipe = build_recipe(name, None)
     assert from_json(to_json(recipe)) == recipe
-    for line in records()[name].command.splitlines():
-        if line.startswith("onejump"):
-            args = read(shlex.split(line)[1:])
-            assert getattr(args, "recipe", name) == name
-            assert getattr(args, "stage", None) in (None, *recipe.stages)
+    made = {"stable-diffusion-v1-5", "coco-images"}  # folders that are used as they are published
+    for line in sequence(records()[name], recipe):
+        args = read(shlex.split(line)[1:])
+        assert getattr(args, "recipe", name) == name
+        assert getattr(args, "stage", None) in (None, *recipe.stages)
+        read_by_it = {getattr(args, option, None) for option in ("data", "teacher", "init", "vae", "model")} - {None}
+        assert {str(path) for path in read_by_it} <= made, line
+        made.add(str(default_out(args) if "recipe" in args else args.out))
+
+
+def test_every_published_recipe_is_judged_as_its_paper_judges():
+    for name in ALL:
+        recipe, record = build_recipe(name, None), records()[name]
+        args = read(shlex.split(sequence(record, recipe)[-1])[1:])
+        assert (args.detector, args.n) == ("inception-2048", 50_000)
+        assert set(map(int, args.steps.split(","))) & set(record.paper) or not record.paper
+
+
+def test_models_to_start_from_are_of_the_network_that_a_recipe_of_ours_trains():
+    """Where one does, its run can stand in for the published file."""
+    for name in ALL:
+        recipe, record = build_recipe(name, None), records()[name]
+        for start in starts(record):
+            if STARTS[start].recipe:
+                assert starts_from(recipe.network, build_recipe(STARTS[start].recipe, None).network)
+                assert any(f"runs/{STARTS[start].recipe}-" in line for line in in_its_place(record))
+
+
+def test_notes_name_overrides_that_can_be_given():
+    """The rule that ends stage 1 in place of its steps: for images, of which the evaluations on the way are."""
+    for name in ("tcm-cifar10", "tcm-imagenet64-s"):
+        given = re.findall(r"(?:stage1\.steps|stage1\.until)=[^ .]+", records()[name].note)
+        stage = apply_overrides(build_recipe(name, None), given).stages["stage1"]
+        assert len(given) == 2 and isinstance(stage.until, Plateau)
+        assert stage.steps > build_recipe(name, None).stages["stage1"].steps
+    assert "latents are not judged" in records()["tcm-sd15"].note
 
 
 def test_what_starts_from_a_model_says_so():
@@ -216,7 +253,7 @@ def test_ours_is_told_with_all_that_repeats_it():
         if record.ours:
             for value in (record.ours.images, record.ours.detector, record.ours.budget, record.ours.device):
                 assert value
-            assert record.ours.commit and record.ours.date[:2] == "20" and record.ours.command
+            assert record.ours.by and record.ours.commit and record.ours.date[:2] == "20" and record.ours.command
 
 
 def test_text_to_image_is_of_stable_diffusion():

@@ -1,6 +1,7 @@
 """Recipes made small: two steps of every stage on a CPU, and an hour on a GPU, with the structure of the full ones."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -125,33 +126,42 @@ def test_small_is_an_hour_with_the_shares_of_the_stages(name, monkeypatch):
     check_chain(recipe)
 
 
-def test_small_is_as_far_in_its_curriculum_and_rate_at_each_share_of_a_stage(monkeypatch):
-    monkeypatch.setattr("onejump.recipes.scale.gflop_of", lambda network: 201.6)
-    full = build_recipe("tcm-imagenet64-s", None)
-    little = scaled(full, "small")
-    for recipe, first in ((full, 150_000), (little, little.stages["stage1"].steps)):
-        assert recipe.first_step("stage2") == first
-    for percent in (10, 40, 95):
-        ratios, rates = [], []
-        for recipe in (full, little):
-            stage = recipe.stages["stage1"]
-            step = stage.steps * percent // 100 - 1
-            ratios.append(stage.method.delta.ratio(step))
-            rates.append(stage.rate.rate(step, 0.0))
-        assert ratios[0] == ratios[1] and rates[0] == pytest.approx(rates[1], rel=0.01)
-    assert little.stages["stage2"].rate.rate(little.first_step("stage2"), 0.0) == pytest.approx(1.1547e-4, rel=0.01)
+ON_THE_WAY = [(name, stage) for name in ALL for stage in build_recipe(name, None).stages]
+
+
+@pytest.mark.parametrize(("name", "stage"), ON_THE_WAY)
+def test_small_is_where_the_published_is_at_each_share_of_a_stage(name, stage, monkeypatch):
+    """The curriculum's part, the rate, and what the EMA forgets in a share of the stage, at 0, 25, 50 and 100 %.
+
+    Also in stages that count on, whatever their batch.
+    """
+    monkeypatch.setattr("onejump.recipes.scale.gflop_of", lambda network: records()[name].gflop)
+    full = build_recipe(name, None)
+    little, found = scaled(full, "small"), []
+    for recipe in (full, little):
+        part, first = recipe.stages[stage], recipe.first_step(stage)
+        last, delta = first + part.steps, getattr(part.method, "delta", None)
+        steps = [first + part.steps * percent // 100 for percent in (0, 25, 50)] + [last - 1]
+        forgets = [part.steps * math.log(part.ema.decay(step + 1)) for step in steps[0 if first else 1 :]]
+        rates = [part.rate.rate(step, 0.0) for step in steps]
+        found.append(([delta.ratio(step) for step in steps] if delta else [], rates, forgets))
+    assert found[0][0] == found[1][0]
+    assert found[1][1] == pytest.approx(found[0][1], rel=0.01, abs=1e-9)
+    assert found[1][2] == pytest.approx(found[0][2], rel=0.02)
+    batches = [recipe.stages[stage].batch / max(s.batch for s in recipe.stages.values()) for recipe in (full, little)]
+    assert batches[0] == batches[1]
 
 
 def test_an_average_remembers_the_same_share_of_a_short_run():
     """0.9999 over 100,000 steps is 0.999 over 10,000; half of the grid's doublings go, and a warm-up with them."""
     stage = build_recipe("ect-cifar10-100k", None).stages["ect"]
-    assert small_stage(stage, 10_000, 128, 0.1).ema.beta == pytest.approx(0.9999**10)
+    assert small_stage(stage, 1.0, 0.1).ema.beta == pytest.approx(0.9999**10)
     ict = shortened(build_recipe("ict-cifar10", None).stages["ict"].method, 0.1)
     assert ict_levels(999, 1000, ict.s0, ict.s1) == 161
     ct = shortened(build_recipe("cm-ct-cifar10", None).stages["ct"].method, 0.1)
     assert ct_levels(1000, 1000, ct.s0, ct.s1) == 150 // 8 + 1
     teacher = build_recipe("edm-cifar10-cond", None).stages["teacher"]
-    assert small_stage(teacher, 1000, 128, 0.1).rate.rampup == 1953
+    assert small_stage(teacher, 0.25, 0.1).rate.rampup == 1953
 
 
 def test_another_scale_is_refused():

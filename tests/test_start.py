@@ -5,13 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 from saved_setup import NETWORKS, UNET, saved_model
+from tiny_run import TINY
 
+from onejump.cli import main
 from onejump.data.digits import digits
 from onejump.networks import ADMUNetConfig, EDM2UNetConfig, MLPConfig, SongUNetConfig
 from onejump.overrides import apply_overrides
 from onejump.recipes import build_recipe
 from onejump.saved import save_model
-from onejump.start import Start, differences, starting_model, starts_from
+from onejump.start import Start, differences, doubtful, starting_model, starts_from
 from onejump.types import UserError
 
 
@@ -58,3 +60,22 @@ def test_a_network_without_augmentation_starts_from_one_with_it_and_computes_the
 def test_a_file_cannot_ask_for_a_network_without_end(asked):
     with pytest.raises(UserError, match="are possible"):
         asked()
+
+
+def test_tuning_a_diffusion_model_warns_once_where_there_is_none(tmp_path, capsys):
+    """ECT and TCM begin at one in their papers; CT and iCT at random weights."""
+    recipe, nothing = build_recipe("digits", digits()), Start(None, None)
+    for stage, method in (("stage1", "ECT"), ("stage2", "TCM")):
+        way_out = f"give it one by onejump train digits --stage {stage} --init MODEL"
+        expected = f"{stage}: starts from random weights, but {method} tunes a diffusion model; {way_out}"
+        assert doubtful(recipe, stage, nothing) == expected and doubtful(recipe, stage, Start(tmp_path, "")) is None
+    for method in ("ICT", "CT"):
+        assert (
+            doubtful(apply_overrides(recipe, ["stage1.jump=CM", f"stage1.method={method}"]), "stage1", nothing) is None
+        )
+    tuned = [*TINY, "teacher.method=ECT", "teacher.sampler=Multistep", "teacher.steps=2"]
+    for times in (1, 0):  # when it starts; not when it goes on
+        assert main(["train", "digits", *tuned, "--stage", "teacher", "--out", str(tmp_path / "run")]) == 0
+        assert capsys.readouterr().err.count("starts from random weights") == times
+        tuned[-1] = "teacher.steps=4"
+        (tmp_path / "run" / "teacher" / "stage.json").unlink()

@@ -24,18 +24,19 @@ data draws ema evaluation losses metrics_log networks optim svg_heatmap tensor_f
 checkpoint lpips_backbones precond reference times update
 analytic_jump hand_over judge lpips model posthoc sharded
 analytic_table distributed engine solvers
-alignment analytic analytic_page join methods samplers saver
-alignment_page config generate running_sums
+alignment analytic analytic_page by_first join methods samplers saver
+alignment_page config generate phases running_sums
 config_json cost fit plain run_state
-intervals memory overrides recipes run_folder saved
-cli_ema cli_input estimate exporters guidance hub importers phases prompts report_charts report_hand_over
-run_record
-cli_import cli_recipes cli_results cli_sampling cli_team compare_models parts report teacher train
-bench cli_analytic cli_export cli_show cli_text compare evaluate start
-cli_bench cli_data compare_verdict run_evaluation search_times
-cli_evaluate compare_page watch
-cli_compare cli_model pipeline
-cli_training
+intervals overrides recipes run_folder saved
+cli_ema cli_input exporters guidance hub importers prompts report_charts report_hand_over run_record
+cli_import cli_judge cli_recipes cli_results cli_sampling cli_team memory parts report teacher train
+bench cli_analytic cli_export cli_text estimate evaluate start
+cli_bench cli_data cli_show compare_cost run_evaluation search_times
+cli_evaluate compare_models watch
+cli_model compare pipeline
+cli_training compare_verdict
+compare_page
+cli_compare
 cli
 __main__
 """

@@ -75,6 +75,8 @@ def npz_set(path: Path) -> ImageSet:
         found = ", ".join(f"{name} {kind} {list(shape)}" for name, (shape, kind) in shapes.items()) or "nothing"
         raise UserError(f"{path}: no array of images, uint8 [n, h, w, c] or [n, c, h, w] (found {found[:200]})")
     labels = None if chosen["labels"] is None else _read(path, chosen["labels"]).reshape(-1)
+    if labels is not None and not len(labels):  # samples of a model without classes
+        labels = None
     return image_set(path, channels_first(path, _read(path, chosen["images"])), labels)
 
 

@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
+from onejump.data.captions import write_captions
 from onejump.data.decode import Decoding
 from onejump.data.load import as_source, check_any, check_enough, decoded
 from onejump.data.source import Bad, Source, leave_out, line, shown
@@ -24,7 +25,7 @@ from onejump.data.text_parts import (
     read_config,
     text_sha256,
 )
-from onejump.data.text_set import ABOUT, FORMAT, part_of
+from onejump.data.text_set import ABOUT, FORMAT, part_file
 from onejump.types import UserError
 
 PART = 512  # images of a part
@@ -104,9 +105,11 @@ def captioned(source: Source, bad: Bad | None) -> Source:
 
 def begin(out: Path, source: Source, how: Decoding, skip_bad: bool, models: dict[str, str]) -> None:
     """Makes the folder; parts in it of another job, from other images or models, are refused."""
-    images = [str(source.path.absolute()), source.names]
-    job = sha256(json.dumps([FORMAT, PART, asdict(how), skip_bad, models, *images]).encode()).hexdigest()
-    note = out / "job"
+    whole = [FORMAT, PART, asdict(how), skip_bad, models, str(source.path.absolute())]
+    digest, note = sha256(json.dumps(whole).encode()), out / "job"
+    for name in source.names:
+        digest.update(json.dumps(name).encode())
+    job = digest.hexdigest()
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: a file; name a folder that is new or empty")
     if out.is_dir() and any(out.iterdir()) and not (note.is_file() and note.read_text() == job):
@@ -126,16 +129,14 @@ def encode_part(out: Path, k: int, source: Source, how: Decoding, skip_bad: bool
     latents = np.concatenate(made).astype(np.float16) if made else np.zeros((0,), np.float16)
     if not np.isfinite(latents).all():
         raise UserError(f"{source.path}: the autoencoder gave numbers that are not finite; use another one")
-    file = _part(out, k).with_suffix(".npy")
-    with open(draft(file), "wb") as stream:
-        np.save(stream, latents)
-    os.replace(draft(file), file)
-    about: dict[str, Any] = {
-        "captions": [source.caption(name).strip() for name in names],
-        "names": [shown(name) for name in names],
+    put(part_file(out, k, ".npy"), lambda stream: np.save(stream, latents))
+    captions = [source.caption(name).strip() for name in names]
+    sums = {
+        "sha256": sha256(np.ascontiguousarray(latents).data).hexdigest(),
+        "captions_sha256": put(part_file(out, k, ".captions"), lambda stream: write_captions(stream, captions)),
     }
-    about |= {"bad": bad or {}, "shape": list(latents.shape[1:])}
-    write_json(_part(out, k), about | {"sha256": sha256(np.ascontiguousarray(latents).data).hexdigest()})
+    about = {"names": [shown(name) for name in names], "bad": bad or {}, "shape": list(latents.shape[1:])}
+    write_json(_part(out, k), about | sums)
 
 
 def batches(found: Iterator[tuple[int, Any]], size: int) -> Iterator[tuple[torch.Tensor, list[int]]]:
@@ -154,17 +155,17 @@ def finish(
     bad: Bad | None,
     kept: int,
 ) -> PreparedText:
-    """text.json, of what the parts hold."""
-    found = [part_of(out, k) for k in range(parts)]
-    left_out = {name: why for part in found for name, why in part["bad"].items()} | (bad or {})
-    starts = [0]
-    for part in found:
-        starts.append(starts[-1] + len(part["captions"]))
+    """text.json, of what the parts hold, one of which is in memory at once."""
+    starts, left_out, digest = [0], dict(bad or {}), sha256()
+    shape: tuple[int, ...] = ()
+    for k in range(parts):
+        part = read_part(_part(out, k))
+        starts.append(starts[-1] + len(part["names"]))
+        shape = shape or tuple(part["shape"])
+        left_out |= part["bad"]
+        digest.update(json.dumps([part["sha256"], part["captions_sha256"]]).encode())
     check_enough(source, starts[-1], left_out)
-    shape = next(tuple(part["shape"]) for part in found if part["captions"])
-    digest = sha256(json.dumps([vae.scaling, models["text"], *shape]).encode())
-    for part in found:
-        digest.update(json.dumps([part["sha256"], part["captions"]]).encode())
+    digest.update(json.dumps([vae.scaling, models["text"], *shape]).encode())
     about = {"format": FORMAT, "starts": starts, "shape": list(shape), "scaling": vae.scaling}
     about |= {"stable_diffusion": str(folder), "vae_sha256": models["vae"], "text_sha256": models["text"]}
     write_json(out / ABOUT, about | {"fingerprint": digest.hexdigest()})
@@ -172,14 +173,26 @@ def finish(
     return PreparedText(starts[-1], (c // 2, h, w), left_out, kept)
 
 
+def read_part(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({line(error)}): remove it, and give the same command again") from error
+
+
 def _part(out: Path, k: int) -> Path:
-    return out / f"part-{k:06d}.json"
+    """There once the others of the part are."""
+    return part_file(out, k, ".json")
 
 
-def draft(file: Path) -> Path:
-    return file.with_name(f".{file.name}.{os.getpid()}")
+def put(file: Path, write: Callable[[BinaryIO], Any]) -> Any:
+    """The file, whole or not at all; returns what `write` does."""
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    with open(draft, "wb") as stream:
+        found = write(stream)
+    os.replace(draft, file)
+    return found
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
-    draft(file).write_text(json.dumps(content))
-    os.replace(draft(file), file)
+    put(file, lambda stream: stream.write(json.dumps(content).encode()))

@@ -1,6 +1,7 @@
 """WebDataset shards as a random-access source, by an index of where each member lies (`shard_index`)."""
 
 import json
+import os
 import re
 from itertools import product
 from pathlib import Path
@@ -35,10 +36,14 @@ def expanded(pattern: str) -> list[str]:
 
 
 def refuse_glob(path: Path) -> None:
-    """A shell's pattern would hide that a shard is missing; ours says which ones there must be."""
-    if any(mark in path.name for mark in "*?[") and not path.exists():
+    """A shell's pattern, or a list, would hide that a file is missing; ours says which shards there must be."""
+    marks = "*?[" if "{" in path.name else "*?[,"
+    if os.path.exists(path) or not any(mark in str(path) for mark in marks):
+        return
+    way_out = "one path is needed, such as the folder that holds the images"
+    if path.suffix == ".tar":
         way_out = "of shards, give their folder, or count them in quotes: 'NAME-{000..002}.tar'"
-        raise UserError(f"{path}: no such folder or file; {way_out}")
+    raise UserError(f"{path}: no such folder or file; {way_out}")
 
 
 def _choices(pattern: str, piece: str) -> list[str]:

@@ -44,8 +44,9 @@ def shown(name: str) -> str:
 
 
 def line(error: Exception) -> str:
-    """The first line of an error's message."""
-    return ((str(error) or type(error).__name__).splitlines() or [""])[0]
+    """The first line of an error's message; of the system's, without number and path."""
+    text = error.strerror if isinstance(error, OSError) else None
+    return ((text or str(error) or type(error).__name__).splitlines() or [""])[0]
 
 
 def telling(read: Callable[[str], bytes], path: Path) -> Callable[[str], bytes]:

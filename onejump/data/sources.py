@@ -9,7 +9,7 @@ from onejump.data.files import folder_source, zip_source
 from onejump.data.huggingface import huggingface_source, is_huggingface
 from onejump.data.idx import idx_files, idx_folder, idx_set, is_idx_images
 from onejump.data.image_set import ImageSet
-from onejump.data.shards import shard_source, shards_of
+from onejump.data.shards import refuse_glob, shard_source, shards_of
 from onejump.data.source import SUFFIXES, Bad, Source
 from onejump.types import UserError
 
@@ -23,6 +23,7 @@ def open_source(path: str | Path, bad: Bad | None = None) -> Source | ImageSet:
     Raises UserError for anything missing, damaged, unsafe or ambiguous.
     """
     path = Path(path).expanduser()
+    refuse_glob(path)
     try:
         if path.is_dir():
             return _folder(path, bad)

@@ -102,23 +102,21 @@ class TextEncoder:
     def __call__(self, texts: Sequence[str]) -> Float[Tensor, "b tokens width"]:
         """The last hidden state, float32, padded to the encoder's length; longer texts are cut, once with a warning."""
         asked, parameter = list(texts), next(self.network.parameters())
-        found = self.tokenizer(
-            asked, padding="max_length", max_length=self.tokens, truncation=True, return_tensors="pt"
-        )
-        self._warn([text for text, full in zip(asked, found.attention_mask.all(1).tolist(), strict=True) if full])
+        rows = self.tokenizer(asked, verbose=False).input_ids
+        ids = torch.full((len(rows), self.tokens), self.tokenizer.pad_token_id)
+        for k, row in enumerate(rows):
+            if len(row) > self.tokens:
+                self._warn(asked[k], len(row))
+                row = [*row[: self.tokens - 1], row[-1]]  # its end is marked
+            ids[k, : len(row)] = torch.tensor(row)
         with torch.no_grad():
-            return self.network(beside(found.input_ids, parameter)).last_hidden_state.float()
+            return self.network(beside(ids, parameter)).last_hidden_state.float()
 
-    def _warn(self, texts: list[str]) -> None:
-        """Of those that fill the encoder's length, which may have been cut."""
-        if self.known or not texts:
-            return
-        for text, ids in zip(texts, self.tokenizer(texts, verbose=False).input_ids, strict=True):
-            if len(ids) > self.tokens:
-                self.known["cut"] = True
-                told = f"{text[:60]!r}... has {len(ids)} tokens; the encoder reads {self.tokens}, the rest is cut off"
-                print(f"onejump: {told} (said once)", file=sys.stderr)
-                return
+    def _warn(self, text: str, tokens: int) -> None:
+        if not self.known:
+            self.known["cut"] = True
+            told = f"{text[:60]!r}... has {tokens} tokens; the encoder reads {self.tokens}, the rest is cut off"
+            print(f"onejump: {told} (said once)", file=sys.stderr)
 
 
 @lru_cache(maxsize=4)

@@ -1,16 +1,15 @@
 """Latents with captions, for text-to-image: images that Stable Diffusion's autoencoder has encoded once.
 
-FOLDER/part-000000.npy     float16 [k, 2c, h, w]: means and deviations of raw latents
-FOLDER/part-000000.json    the captions and names of these, what was left out, the checksum of the numbers
-FOLDER/text.json           what the parts are together; comes last
+FOLDER/part-000000.npy         float16 [k, 2c, h, w]: means and deviations of raw latents
+FOLDER/part-000000.captions    their captions (`data.captions`)
+FOLDER/part-000000.json        the names of these, what was left out, checksums
+FOLDER/text.json               what the parts are together; comes last
 """
 
-import json
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from onejump.data.arrays import HEADERS
+from onejump.data.captions import read_caption
 from onejump.data.feeder import WORKERS, Feeder, one_by_one
 from onejump.data.image_set import Step
 from onejump.data.latents import drawn
@@ -25,7 +25,7 @@ from onejump.data.source import DiskError, line
 from onejump.data.text_parts import TextEncoder, read_config, text_encoder, text_sha256
 from onejump.types import UserError
 
-ABOUT, FORMAT = "text.json", 1
+ABOUT, FORMAT = "text.json", 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +71,9 @@ class TextSet:
         return [self._caption(k) for k in index.tolist()]
 
     def _caption(self, k: int) -> str:
-        part = int(np.searchsorted(self.starts, k, side="right")) - 1
-        return part_of(self.path, part)["captions"][k - self.starts[part]]
+        part, place = place_of(self.starts, k)
+        file = part_file(self.path, part, ".captions")
+        return read_caption(file, self.starts[part + 1] - self.starts[part], place)
 
     def encoder(self, device: torch.device | str) -> TextEncoder:
         """Raises UserError if the text encoder is gone, or another one than when the captions were prepared."""
@@ -109,7 +110,8 @@ def open_text_set(path: Path, workers: int = WORKERS) -> TextSet:
     about = read_config(path / ABOUT)
     try:
         if about["format"] != FORMAT:
-            raise UserError(f"{path}: format {about['format']}, this version reads {FORMAT}; install a newer onejump")
+            way_out = "prepare the latents again, or use the onejump that made them"
+            raise UserError(f"{path}: format {about['format']}, this version reads {FORMAT}; {way_out}")
         starts = tuple(int(start) for start in about["starts"])
         shape, fingerprint = tuple(int(side) for side in about["shape"]), str(about["fingerprint"])
         parts = {name: str(about[name]) for name in ("stable_diffusion", "text_sha256", "vae_sha256")}
@@ -129,13 +131,23 @@ def open_text_set(path: Path, workers: int = WORKERS) -> TextSet:
     return TextSet(path, feeder, starts, scaling, fingerprint, folder, parts)
 
 
+def place_of(starts: tuple[int, ...], k: int) -> tuple[int, int]:
+    """The part in which sample k is, and its place there."""
+    part = bisect_right(starts, k) - 1
+    return part, k - starts[part]
+
+
+def part_file(path: Path, part: int, suffix: str) -> Path:
+    return path / f"part-{part:06d}{suffix}"
+
+
 def latent(path: Path, starts: tuple[int, ...], shape: tuple[int, ...], k: int) -> np.ndarray:
-    part = int(np.searchsorted(starts, k, side="right")) - 1
-    file = path / f"part-{part:06d}.npy"
+    part, place = place_of(starts, k)
+    file = part_file(path, part, ".npy")
     try:
         with HEADERS:
             array = np.load(file, mmap_mode="r", allow_pickle=False)
-        found = np.array(array[k - starts[part]])
+        found = np.array(array[place])
     except OSError as error:
         raise DiskError(f"{file} cannot be read ({line(error)}): prepare the latents again") from error
     except (ValueError, IndexError) as error:
@@ -143,16 +155,6 @@ def latent(path: Path, starts: tuple[int, ...], shape: tuple[int, ...], k: int) 
     if found.shape != shape or found.dtype != np.float16 or not np.isfinite(found).all():
         raise UserError(f"{file} is damaged: prepare the latents again")
     return found
-
-
-@lru_cache(maxsize=512)
-def part_of(path: Path, part: int) -> dict[str, Any]:
-    """What a part's JSON says."""
-    file = path / f"part-{part:06d}.json"
-    try:
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({line(error)}): prepare the latents again") from error
 
 
 def check_encoder(what: Path | str, folder: Path, wanted: str) -> None:

@@ -131,20 +131,26 @@ def student_and_target(nets: Nets, xt: Samples, t: Times, xr: Samples, r: Times,
     return ft, fr
 
 
-_together: ContextVar[bool] = ContextVar("together", default=False)
+@dataclass(frozen=True)
+class Company:
+    """The processes that share a batch. same_passes: each makes those that any of them needs, for weights that lie in
+    pieces, which a pass gathers from all. mean: of what each has of its own samples."""
+
+    same_passes: bool = False
+    mean: Callable[[Tensor], Tensor] = lambda own: own
+
+
+_company: ContextVar[Company] = ContextVar("company", default=Company())  # noqa: B039  (frozen)
 
 
 @contextmanager
-def together(flag: bool) -> Iterator[None]:
-    """Within it, if flag, every process makes the same passes, though its samples may not need all of them.
-
-    For weights that lie in pieces, which a pass gathers from all processes.
-    """
-    before = _together.set(flag)
+def together(company: Company) -> Iterator[None]:
+    """Within it, methods work in this company; without, alone."""
+    before = _company.set(company)
     try:
         yield
     finally:
-        _together.reset(before)
+        _company.reset(before)
 
 
 def on_rows(rows: Tensor, f: Target, x: Samples, times: tuple[Times, ...], cond: Cond, key: DropoutKey) -> Samples:
@@ -155,7 +161,7 @@ def on_rows(rows: Tensor, f: Target, x: Samples, times: tuple[Times, ...], cond:
     index = rows.nonzero()[:, 0]
     if len(index) == len(rows):
         return f(x, *times, cond=cond, key=key)
-    if len(index) == 0 and not _together.get():
+    if len(index) == 0 and not _company.get().same_passes:
         return x
     taken = index if len(index) else torch.zeros(1, dtype=torch.int64)  # one row, for nothing but company
     times, taken = tuple(t[taken] for t in times), beside(taken, x)
@@ -167,12 +173,14 @@ def on_rows(rows: Tensor, f: Target, x: Samples, times: tuple[Times, ...], cond:
 def gradient_ratio(of: Tensor, to: Tensor, student: ConsistencyModel, low: float = 0.0, high: float = 1e4) -> Tensor:
     """||grad of|| / (||grad to|| + 1e-4) at the weight of the student's last layer, kept in [low, high]; a constant.
 
-    CTM's adaptive weight of the loss `to` (Kim et al. 2024, after VQGAN).
+    CTM's adaptive weight of the loss `to` (Kim et al. 2024, after VQGAN). Both losses are means over samples, and count
+    over those of all processes.
     """
     W: Any = student.net.last_weight
 
-    def norm(loss: Tensor) -> Tensor:
+    def gradient(loss: Tensor) -> Tensor:
         scale = torch.exp2(10 - loss.detach().abs().clamp_min(1).log2().ceil())  # half precision: no 0 and no infinity
-        return torch.autograd.grad(scale * loss, W, retain_graph=True)[0].norm() / scale
+        return torch.autograd.grad(scale * loss, W, retain_graph=True)[0] / scale
 
-    return (norm(of) / (norm(to) + 1e-4)).clamp(low, high).detach()
+    above, below = _company.get().mean(torch.stack([gradient(of), gradient(to)])).reshape(2, -1).norm(dim=1)
+    return (above / (below + 1e-4)).clamp(low, high).detach()

@@ -53,7 +53,7 @@ def imagenet(name: str) -> Recipe:
     return ctm_gan(name, network, method, batch=2048, before=10_000, after=20_000, lr=8e-6)
 
 
-COMMAND = "onejump run {0} --data {1}.zip --teacher {2}"
+COMMAND = "onejump run {0} --data {1}.zip --teacher models/{2}"
 RELEASED = " The released command without classes has batch 528 and a target average of 0.9999."
 PAPER, NOTES = "Kim et al. 2024 (CTM)", "the FIDs, steps and batch: reading notes of the paper"
 WEIGHTS = "The critic's weights: gan.critic (docs/methods.md). "

@@ -152,7 +152,7 @@ def record(recipe: Recipe, images: str) -> Published:
         what=f"{kind}{plus}, {network}, {column.images}",
         source="Zheng et al. 2025 (Analytic-Precond), table 3",
         build=for_images(recipe),
-        command=f"onejump run {recipe.name} --data {data}.zip --teacher edm-{images}",
+        command=f"onejump run {recipe.name} --data {data}.zip --teacher models/edm-{images}",
         paper=column.fid.get(recipe.name, {}),
         parameters=column.with_s if kind == "CTM" else column.parameters,
         gflop=column.gflop,

@@ -25,6 +25,7 @@ class Ours:
     date: str
     commit: str
     device: str
+    by: str  # who ran it
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Published:
     what: str
     source: str  # the paper
     build: Build
-    command: str  # how it is trained and judged; several are joined by line breaks
+    command: str  # how it is trained; several are joined by line breaks. `sequence` has those before and after
     paper: dict[int, float] = field(default_factory=dict)
     parameters: float = 0.0  # of the network, in millions, as the papers print it
     gflop: float = 0.0  # of one pass over one image

@@ -31,7 +31,7 @@ from onejump.types import UserError
 
 STEPS, BATCH, CHANNELS = 2, 4, 8  # of tiny
 HOUR = 0.75 * 3600 * FLOP_A_SECOND / 2  # FLOP of small, at half the speed of a large run; a quarter is for evaluation
-MOST = 128  # images in a batch of small
+MOST = 128  # images in the largest batch of small
 
 
 def scaled(recipe: Recipe, scale: str) -> Recipe:
@@ -40,9 +40,10 @@ def scaled(recipe: Recipe, scale: str) -> Recipe:
     tiny: two steps of each stage, batch 4, 8 channels and one block a level, float32, 8 images judged. Distances are
     mean_l2, the critic is a small one and statistics are of 4 images, so that no weight files are needed; where a
     teacher is asked for, a stage that trains one comes first.
-    small: the same network for as many images as an hour allows, in all stages the same share of the published, in
-    batches of at most 128 and half precision. What counts steps (curricula, t_ref, warm-up, the memory of the EMA)
-    shrinks with them, the grids of CT and iCT end 8 times coarser; 2,000 images are judged.
+    small: the same network for as many images as an hour allows, in half precision; of all stages the same share of the
+    steps, in batches that are to one another as the published, of at most 128. What counts steps (curricula, t_ref,
+    warm-up, the memory of the EMA) shrinks with them, the grids of CT and iCT end 8 times coarser; 2,000 images are
+    judged.
     Raises UserError for another scale.
     """
     if scale not in SCALES:
@@ -107,13 +108,9 @@ def small(recipe: Recipe) -> Recipe:
     gflop = gflop_of(recipe.network)
     total = sum(flop(stage, gflop) * stage.steps * stage.batch for stage in recipe.stages.values())
     share = min(HOUR / total, 1.0)  # of the images
-    stages, quicker = {}, 1.0
-    for name, stage in recipe.stages.items():
-        batch = min(stage.batch, MOST)
-        steps = max(round(share * stage.steps * stage.batch / batch), 1)
-        if not stage.count_on:  # else the counter is the one of the stage before
-            quicker = steps / stage.steps
-        stages[name] = small_stage(stage, steps, batch, quicker)
+    smaller = min(MOST / max(stage.batch for stage in recipe.stages.values()), 1.0)
+    quicker = in_whole_parts(share / smaller, recipe)
+    stages = {name: small_stage(stage, smaller, quicker) for name, stage in recipe.stages.items()}
     longest = max(stage.steps for stage in stages.values())
     every: dict[str, Any] = {
         "log_every": 50,
@@ -124,8 +121,27 @@ def small(recipe: Recipe) -> Recipe:
     return replace(recipe, stages=stages, evaluation=replace(recipe.evaluation, n=2000), **every)
 
 
-def small_stage(stage: Stage, steps: int, batch: int, quicker: float) -> Stage:
-    """quicker: how many of its steps do for one of the published."""
+def in_whole_parts(quicker: float, recipe: Recipe) -> float:
+    """The nearest share of the steps of which each part of a curriculum has a whole number, so that none begins late.
+
+    That is of use while a part is a few steps long.
+    """
+    parts = [delta.double_every for stage in recipe.stages.values() for delta in curricula(stage.core)]
+    return max(round(quicker * parts[0]), 1) / parts[0] if parts else quicker
+
+
+def curricula(part: Any) -> list[Discretisation]:
+    if isinstance(part, Discretisation):
+        return [part]
+    inner = [getattr(part, f.name) for f in fields(part)] if is_dataclass(part) and not isinstance(part, type) else []
+    return [found for value in inner for found in curricula(value)]
+
+
+def small_stage(stage: Stage, smaller: float, quicker: float) -> Stage:
+    """Both the same for all stages, so that those which count on are where they would be in the full run.
+
+    smaller: the share of a batch; quicker: of the steps.
+    """
 
     def change(part: Any) -> Any:
         return shortened(part, quicker)
@@ -135,6 +151,7 @@ def small_stage(stage: Stage, steps: int, batch: int, quicker: float) -> Stage:
         jump = replace(jump, estimator=replace(jump.estimator, times=60, samples=512))
     parts: dict[str, Any] = {name: change(getattr(stage, name)) for name in ("method", "rate", "ema")}
     precision = "fp16" if stage.precision in ("fp32", "tf32") else stage.precision
+    batch, steps = max(round(stage.batch * smaller), 1), max(round(stage.steps * quicker), 1)
     passes: dict[str, Any] = {"steps": steps, "batch": batch, "micro_batch": min(stage.micro_batch, batch)}
     return replace(stage, jump=jump, precision=precision, **passes, **parts)
 

@@ -86,15 +86,19 @@ def imagenet_xl() -> Recipe:
 
 PAPER = "Lee et al. 2025 (TCM)"
 FLOOR = "The command line keeps r at 1e-6 or more in stage 1 too: STAGE.method.delta.r_min=1e-6."
-CIFAR10_NOTE = "Optimizer, rates, EMA and dropout: the released command line. " + FLOOR
+BY_RULE = (
+    "The paper ended stage 1 by eye, where its FID was lowest; by a rule (docs/methods.md), in both commands: {}. "
+)
+CIFAR10_NOTE = "Optimizer, rates, EMA and dropout: the released command line. "
 IMAGENET_NOTE = (
     'The released command line differs from the paper: gamma 16.97 (STAGE.ema="PowerEMA(gamma=16.97)"), weight '
     "1/c_out^2 (STAGE.method.weight=inverse_c_out_squared), 10,000 steps in place of 25,000 in the curriculum "
     "(STAGE.method.delta.double_every=10000). "
 )
 XL_NOTE = (
-    IMAGENET_NOTE + "Stage 2 starts from the published ECM-XL, as in the paper; without --init, stage 1 trains one "
-    "(ect-imagenet64-xl-100m). The paper does not say at which step its count begins: here after stage 1's 100,000."
+    IMAGENET_NOTE + "The paper starts stage 2 from the published ECM-XL, and stage 1 trains one as it was trained "
+    "(ect-imagenet64-xl-100m). With the published: onejump import FILE models/ecm-xl, then train --stage stage2 "
+    "--init models/ecm-xl. The paper does not say at which step its count begins: here after stage 1's 100,000."
 )
 MID = "the second time of sampling: other implementations"
 RECORDS = (
@@ -103,13 +107,13 @@ RECORDS = (
         what="TCM stages 1 and 2, DDPM++, CIFAR-10 without classes",
         source=PAPER,
         build=for_images(cifar10()),
-        command="onejump train tcm-cifar10 --data cifar10.zip --stage stage1 --init edm-cifar10-uncond\n"
+        command="onejump train tcm-cifar10 --data cifar10.zip --stage stage1 --init models/edm-cifar10-uncond\n"
         "onejump run tcm-cifar10 --data cifar10.zip",
         paper={1: 2.46, 2: 2.05},
         parameters=55.7,
         gflop=42.4,
         cost="8 A100",
-        note=CIFAR10_NOTE,
+        note=CIFAR10_NOTE + BY_RULE.format("stage1.steps=400000 stage1.until=Plateau") + FLOOR,
         second_hand=MID,
     ),
     Published(
@@ -117,13 +121,13 @@ RECORDS = (
         what="TCM stages 1 and 2, EDM2-S, ImageNet 64x64",
         source=PAPER,
         build=for_images(imagenet_s()),
-        command="onejump train tcm-imagenet64-s --data imagenet64.zip --stage stage1 --init edm2-img64-s\n"
+        command="onejump train tcm-imagenet64-s --data imagenet64.zip --stage stage1 --init models/edm2-img64-s\n"
         "onejump run tcm-imagenet64-s --data imagenet64.zip",
         paper={1: 2.88, 2: 2.31},
         parameters=280.2,
         gflop=201.6,
         cost="64 GPUs; stage 2 takes 18 % more time a step and 15 % more memory than stage 1",
-        note=IMAGENET_NOTE + FLOOR,
+        note=IMAGENET_NOTE + BY_RULE.format("stage1.steps=250000 stage1.until=Plateau(patience=3)") + FLOOR,
         second_hand=MID,
     ),
     Published(
@@ -131,8 +135,8 @@ RECORDS = (
         what="TCM stage 2 from ECM-XL, EDM2-XL, ImageNet 64x64",
         source=PAPER,
         build=for_images(imagenet_xl()),
-        command="onejump train tcm-imagenet64-xl --data imagenet64.zip --stage stage2 --init ecm-img64-xl\n"
-        "onejump evaluate runs/tcm-imagenet64-xl-imagenet64/stage2 --data imagenet64.zip --steps 1,2 --n 50000",
+        command="onejump train tcm-imagenet64-xl --data imagenet64.zip --stage stage1 --init models/edm2-img64-xl\n"
+        "onejump run tcm-imagenet64-xl --data imagenet64.zip",
         paper={1: 2.20, 2: 1.62},
         parameters=1119.3,
         gflop=803.9,

@@ -186,6 +186,8 @@ def test_npz_takes_the_bytes_as_images_and_the_whole_numbers_as_labels(tmp_path,
     assert np.array_equal(found.images.numpy(), IMAGES.transpose(0, 3, 1, 2))
     save(tmp_path / "b.npz", x=IMAGES.transpose(0, 3, 1, 2), mu=np.zeros(9), sigma=np.eye(3))
     assert load_images(tmp_path / "b.npz").fingerprint == load_images(write_npy(tmp_path / "c.npy", IMAGES)).fingerprint
+    save(tmp_path / "d.npz", images=IMAGES, labels=np.empty(0, np.int64))  # samples of a model without classes
+    assert load_images(tmp_path / "d.npz").labels is None
 
 
 def test_the_training_half_of_an_npz_is_taken(tmp_path):

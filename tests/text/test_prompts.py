@@ -7,6 +7,8 @@ import torch
 from tiny_stable_diffusion import TOKENS, tiny_folder
 
 from onejump.data.text_parts import autoencoder, text_encoder
+from onejump.distributed import Team
+from onejump.generate import by_share
 from onejump.importers.stable_diffusion import open_model
 from onejump.parts import Generated
 from onejump.prompts import prompts_for, read_prompts
@@ -55,6 +57,9 @@ def test_a_prompt_that_is_too_long_is_cut_with_one_warning(capsys):
     assert encoder([fits]).shape == (1, TOKENS, 16) and capsys.readouterr().err == ""
     cut, again = encoder([long, "a"])[0], encoder([long])[0]
     assert torch.equal(cut, again)
+    found = encoder.tokenizer([long], padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(encoder.network(found.input_ids).last_hidden_state[0], again)
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and f"has {TOKENS + 5} tokens; the encoder reads {TOKENS}" in err
 
@@ -69,6 +74,18 @@ def test_an_image_depends_on_its_own_prompt_and_number_alone():
     assert torch.equal(alone[0], images[1])
     other = Generated(saved, sampler, 2, None, 7, prompts=prompts_for(saved, ["a", "cat", "c"]))([0, 1, 2])
     assert torch.equal(other[0], images[0]) and not torch.equal(other[1], images[1])
+
+
+def test_the_share_of_a_process_holds_the_very_images_of_one_process_alone():
+    """By blocks of 8: of 20 images and two processes the first has 0 to 7 and 16 to 19."""
+    saved = open_model(tiny_folder())
+    made = Generated(saved, saved.sampler, 2, None, 7, prompts=prompts_for(saved, [f"dog {k}" for k in range(20)]))
+    texts, whole = made.prompts.embeddings(range(20)), made(range(20))
+    for mine in ([*range(8), *range(16, 20)], range(8, 16), [19], [3, 11, 3]):
+        assert torch.equal(made.prompts.embeddings(mine), texts[list(mine)])
+        assert torch.equal(made(mine), whole[list(mine)])
+    alone = by_share(Team(), 20, made.prompts.image_shape(saved), 8, made)
+    assert torch.equal(alone, whole) and not torch.equal(whole[0], whole[8])
 
 
 @torch.no_grad()

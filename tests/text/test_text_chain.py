@@ -32,6 +32,8 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("chain")
     shard(root / "00000.tar", 24)
     go("data", "prepare", root / "00000.tar", root / "latents", "--vae", tiny_folder())
+    go("data", "prepare", root / "00000.tar", root / "real.zip", "--size", "16")
+    clip_folder(root / "clip")
     for stage in ("stage1", "stage2"):
         go("train", "tcm-sd15", *SMALL, *given(root), "--stage", stage)
     return root
@@ -99,9 +101,8 @@ def test_prompts_become_images(folder):
 
 def test_evaluation_gives_frechet_distance_and_clip_score(folder):
     (folder / "coco.txt").write_text("".join(f"number {k}\n" for k in range(20)))
-    go("data", "prepare", folder / "00000.tar", folder / "real.zip", "--size", "16")
     common = ["evaluate", folder / "run", "--prompts", folder / "coco.txt", "--data", folder / "real.zip"]
-    go(*common, "--clip", clip_folder(folder / "clip"), "--out", folder / "found.json")
+    go(*common, "--clip", folder / "clip", "--out", folder / "found.json")
     found = record(folder / "found.json")
     assert set(found["steps"]) == {"1", "2"}
     for numbers in found["steps"].values():
@@ -110,6 +111,22 @@ def test_evaluation_gives_frechet_distance_and_clip_score(folder):
     go(*common, "--steps", "1", "--n", "12", "--out", folder / "one.json")
     one, two = (record(folder / name)["steps"]["1"]["frechet"] for name in ("one.json", "two.json"))
     assert one == two
+
+
+def test_models_of_text_are_compared_by_the_same_prompts(folder, capsys):
+    """Samples of known prompts, CLIP scores, and no comparison of figures that are of other prompts."""
+    for first in (0, 1):
+        prompts, out = folder / f"{first}.txt", folder / f"{first}.json"
+        prompts.write_text("".join(f"number {k + first}\n" for k in range(8)))
+        words = ["--n", "8", "--steps", "1", "--data", folder / "real.zip", "--clip", folder / "clip"]
+        go("evaluate", folder / "run", *words, "--prompts", prompts, "--out", out)
+    capsys.readouterr()
+    records = [f"{folder / 'run'}={folder / name}" for name in ("0.json", "1.json")]
+    go("compare", *records, folder / "run" / "stage1", tiny_folder(), "--n", "2", "--out", folder / "compare.html")
+    out = capsys.readouterr().out
+    assert "samples are of the prompts 'A photo of an astronaut" in out and "CLIP score" in out
+    assert out.count("measured on other prompts (8, sha256") == 1
+    assert (folder / "compare.png").exists()
 
 
 def test_distillation_with_lora_in_half_precision(folder):

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from tiny_run import pictures, said
 from tiny_stable_diffusion import changed_folder, shard, tiny_folder, vae
 
 from onejump.cli import main
+from onejump.data.captions import read_caption, write_captions
 from onejump.data.decode import Decoding
 from onejump.data.load import as_source, decoded
 from onejump.data.open import open_training_set
@@ -145,3 +148,49 @@ def test_a_damaged_or_moved_set_says_so(latents, tmp_path):
     (copy / "text.json").write_text("{}")
     with pytest.raises(UserError, match=r"text.json: damaged"):
         open_training_set(copy)
+
+
+TEXTS = ["a dog", "", "zwei\nZeilen: \u00fc", "\u72ac \U0001f415", "x" * 70_000]
+
+
+def test_any_caption_is_read_alone_and_a_damaged_file_is_one_line(tmp_path):
+    file = tmp_path / "part-000000.captions"
+    with open(file, "wb") as stream:
+        write_captions(stream, TEXTS)
+    assert [read_caption(file, len(TEXTS), k) for k in (4, 2, 0, 3, 1)] == [TEXTS[k] for k in (4, 2, 0, 3, 1)]
+    whole = file.read_bytes()
+    for damage in (whole[:-1], whole[:50], b"", b"\xff" * len(whole), whole.replace(b"dog", b"cat")):
+        file.write_bytes(damage)
+        told = []
+        for k in range(5):
+            try:
+                assert read_caption(file, 5, k) == TEXTS[k]
+            except UserError as error:
+                told.append(str(error))
+        assert told and all(f"{file} is damaged" in line and "\n" not in line for line in told)
+    file.unlink()
+    with pytest.raises(UserError, match="part-000000.captions cannot be read .No such file.* prepare the latents"):
+        read_caption(file, 5, 0)
+
+
+def test_captions_of_a_large_set_are_never_in_memory_together(shards, tmp_path, monkeypatch):
+    """Neither while they are prepared, part by part, nor in training."""
+    monkeypatch.setattr("onejump.data.prepare_text.PART", 2)
+    long = {f"{k:09d}": f"{k} " + "wort " * 20_000 for k in range(30)}  # 3 MB in all
+    source = as_source(shards)
+    monkeypatch.setattr(
+        "onejump.data.prepare_text.as_source",
+        lambda path, bad: replace(source, caption=lambda name: long[name.rsplit("/")[-1][:9]]),
+    )
+    prepare_text(shards, tmp_path / "once", tiny_folder(), Decoding())  # what is imported and kept for good
+    tracemalloc.start()
+    prepare_text(shards, tmp_path / "out", tiny_folder(), Decoding())
+    data = open_training_set(tmp_path / "out")
+    for k in torch.randperm(30).tolist():
+        assert data.captions(torch.tensor([k])) == [long[f"{k:09d}"].strip()]
+    assert tracemalloc.get_traced_memory()[1] < 1_500_000
+    tracemalloc.stop()
+    a, b = (json.loads((tmp_path / name / "text.json").read_text())["fingerprint"] for name in ("once", "out"))
+    long["000000029"] = "another"
+    prepare_text(shards, tmp_path / "other", tiny_folder(), Decoding())
+    assert a == b != json.loads((tmp_path / "other" / "text.json").read_text())["fingerprint"]

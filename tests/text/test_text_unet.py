@@ -2,9 +2,11 @@
 
 import copy
 
+import jaxtyping
 import pytest
 import torch
 from tiny_stable_diffusion import TOKENS, WIDTH, tiny_folder, unet
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from onejump.engine import Engine
 from onejump.importers.stable_diffusion import read_stable_diffusion
@@ -111,6 +113,25 @@ def test_checkpointing_by_block_changes_no_gradient():
         net(x, t, None, text).square().mean().backward()
     for p, q in zip(plain.parameters(), saving.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad)
+
+
+def test_compiled_blocks_are_the_same_function_without_a_graph_break(monkeypatch):
+    """Values and gradients, by one graph for each of the three blocks."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    plain = TextUNetConfig(8, 4, (8,), (False,), 1, (2,), WIDTH, TOKENS, norm_groups=4).build()
+    fast, counter = ConsistencyModel(copy.deepcopy(plain)), CompileCounterWithBackend("eager")
+    Engine(compiled=True, channels_last=True).prepare(fast, backend=counter)
+    x, t, text = inputs()
+    found, expected = (net(x, t, None, text) for net in (fast.net, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for out in (found, expected):
+        out.square().mean().backward()
+    for p, q in zip(plain.parameters(), fast.net.parameters(), strict=True):
+        assert (p.grad - q.grad).abs().max() <= 1e-4 * p.grad.abs().max() + 1e-7
+    assert len(plain.blocks) == 3 and counter.frame_count == 3
+    torch._dynamo.reset()
 
 
 def test_the_folders_network_is_read_bit_for_bit():

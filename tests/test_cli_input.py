@@ -1,0 +1,59 @@
+"""Mistakes and failures are told in one line, with what to do about them."""
+
+import pytest
+import torch
+
+from onejump.cli_input import Parser, out_of_memory
+from onejump.data.source import line
+from onejump.data.sources import open_source
+from onejump.types import UserError
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "onejump: the following arguments are required: COMMAND; see onejump --help"),
+        (["draw"], "onejump: the following arguments are required: model; see onejump draw --help"),
+        (["draw", "m", "--n", "few"], "onejump: --n: invalid int value: 'few'; see onejump draw --help"),
+        (["paint"], "onejump: COMMAND: invalid choice: 'paint'"),
+    ],
+)
+def test_a_wrong_word_is_one_line_that_says_where_the_right_ones_are(words, told, capsys):
+    top = Parser(prog="onejump")
+    made = top.add_subparsers(metavar="COMMAND", required=True).add_parser("draw")
+    made.add_argument("model")
+    made.add_argument("--n", type=int)
+    with pytest.raises(SystemExit) as stop:
+        top.parse_args(words)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and err.startswith(told) and err.count("\n") == 1
+
+
+def test_where_memory_was_not_enough_the_way_out_is_the_commands_own():
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(10**15)  # a CPU's allocator has no error of its own
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), refused.value):
+        for command, way_out in (("run", "micro_batch"), ("train", "--max-memory"), ("evaluate", "--block")):
+            told = out_of_memory(error, command)
+            assert told.startswith("out of memory; give ") and way_out in told
+        assert "micro_batch" not in out_of_memory(error, "sample")
+        assert out_of_memory(error, "report") == "out of memory"
+    assert out_of_memory(RuntimeError("shapes differ"), "run") is None and out_of_memory(OSError(), "run") is None
+
+
+@pytest.mark.parametrize("path", ["*.png", "photos/*/a.png", "a.png,b.png", ",".join(["a.png"] * 100)])
+def test_a_pattern_or_a_list_of_files_is_told_what_to_give_instead(path, tmp_path):
+    with pytest.raises(UserError, match=r": no such folder or file; one path is needed, such as the folder"):
+        open_source(tmp_path / path)
+
+
+def test_a_folder_may_have_any_name(tmp_path):
+    (tmp_path / "a,b[1]").mkdir()
+    assert open_source(tmp_path / "a,b[1]").names == []
+
+
+def test_what_the_system_says_is_told_without_its_number(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        open(tmp_path / "gone")
+    assert line(error.value) == "No such file or directory"
+    assert [line(e) for e in (OSError("one\ntwo"), ValueError(), KeyError("x"))] == ["one", "ValueError", "'x'"]
