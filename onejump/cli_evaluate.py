@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onejump import cli_judge
 from onejump.cli_input import check_seed, device_of, images_of, numbers_of
 from onejump.cli_results import finish, refuse_over
 from onejump.cli_sampling import STEPS, add_guidance, add_sampling, asked_sampler, guided_as_asked
@@ -50,8 +51,7 @@ def add_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     made.add_argument("--data", metavar="PATH", help="folder or zip of real images (default: digits)")
     made.add_argument("--size", type=int, metavar="N", help="crop and resize them to N x N")
     made.add_argument("--reference", type=Path, metavar="FILE", help="compare with published statistics, an .npz file")
-    made.add_argument("--detector", metavar="NAME", help="inception-2048, dinov2, ... (default: digits or pixels)")
-    made.add_argument("--weights", type=Path, metavar="PATH", help="the detector's file or folder")
+    cli_judge.add_options(made)
     made.add_argument("--metrics", metavar="A,B", help="see below")
     made.add_argument("--steps", metavar="N,N", help=STEPS.format("1,2"))
     add_sampling(made)
@@ -108,8 +108,7 @@ def check_options(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} {getattr(args, name)}: 1 or more")
     check_seed(args.seed or 0)
     check_rounding(args.rounding or "round")
-    if args.weights is not None and args.detector is None:
-        raise UserError(f"--weights {args.weights}: of which detector? Give --detector too, or leave them out")
+    cli_judge.check_options(args)
     if args.reference is not None and args.data is None and args.size is not None:
         raise UserError(f"--size {args.size}: for the images of --data, and there are none; leave it out")
     if args.denoise is not None and "dfid" not in metrics:

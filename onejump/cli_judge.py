@@ -1,4 +1,4 @@
-"""What `run` and `train` judge the models by, on the way and at the end."""
+"""What models are judged by: in a run on the way and at its end, and by `evaluate`."""
 
 import argparse
 from pathlib import Path
@@ -14,9 +14,15 @@ if TYPE_CHECKING:
 
 
 def add_options(made: argparse.ArgumentParser) -> None:
-    text = "judges the models: inception-2048, dinov2, ... (default: digits or pixels)"
-    made.add_argument("--detector", metavar="NAME", help=text)
+    made.add_argument("--detector", metavar="NAME", help="inception-2048, dinov2, ... (default: digits or pixels)")
     made.add_argument("--weights", type=Path, metavar="PATH", help="the detector's file or folder")
+
+
+def check_options(args: argparse.Namespace) -> None:
+    from onejump.types import UserError
+
+    if args.weights is not None and args.detector is None:
+        raise UserError(f"--weights {args.weights}: of which detector? Give --detector too, or leave them out")
 
 
 def detector_of(args: argparse.Namespace, out: Path, device: "torch.device") -> "Detector | None":
@@ -25,10 +31,9 @@ def detector_of(args: argparse.Namespace, out: Path, device: "torch.device") -> 
     from onejump.run_record import detector_begun
     from onejump.types import UserError
 
+    check_options(args)
     if args.detector is not None:
         return detector_named(args.detector, args.weights, device)
-    if args.weights is not None:
-        raise UserError(f"--weights {args.weights}: of which detector? Give --detector too, or leave them out")
     known = detector_begun(out)
     if not known.get("asked"):
         return None
@@ -40,26 +45,19 @@ def detector_of(args: argparse.Namespace, out: Path, device: "torch.device") -> 
         raise UserError(f"{out} is judged by --detector {args.detector}: {error}") from error
 
 
-def judge_of(
-    args: argparse.Namespace, data: "TrainingSet", detector: "Detector | None", out: Path, team: "Team"
-) -> "Judge":
-    """Of a run, from its start to its end. Raises UserError for a detector that cannot see the images, and for one
-    that is not the run's."""
+def judge_of(args: argparse.Namespace, data: "TrainingSet", detector: "Detector | None", team: "Team") -> "Judge":
+    """Of a run, from its start to its end. Raises UserError for a detector that cannot see the images."""
     import torch
 
     from onejump.data.latents import LatentSet
     from onejump.data.text_set import TextSet
     from onejump.judge import Judge, detector_for
-    from onejump.run_record import check_detector
     from onejump.types import UserError
 
     if detector is None:
-        judge = Judge(data, detector_for(data))
-    elif isinstance(data, LatentSet | TextSet):
+        return Judge(data, detector_for(data))
+    if isinstance(data, LatentSet | TextSet):
         way_out = f"leave it out, and then: onejump evaluate MODEL --detector {args.detector}"
         raise UserError(f"--detector {args.detector}: latents are not judged while training; {way_out}")
-    else:
-        detector(torch.zeros(1, *data.shape, dtype=torch.uint8))
-        judge = Judge(data, detector, show=team.first)
-    check_detector(judge, out)
-    return judge
+    detector(torch.zeros(1, *data.shape, dtype=torch.uint8))
+    return Judge(data, detector, show=team.first)

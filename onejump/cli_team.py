@@ -31,19 +31,16 @@ def team_of(wanted: str | None, shard: int = 1) -> "Team":
 def alone_together(out: Path, team: "Team", begin: Callable[[], None]) -> Iterator[None]:
     """While it lasts, no other run trains in this folder; the first process calls `begin` before any goes on.
 
-    Raises UserError on all processes where the first cannot.
+    Raises on all processes where the first cannot.
     """
+    from onejump.by_first import by_first
     from onejump.run_record import alone
-    from onejump.types import UserError
 
     with ExitStack() as held:
-        problem = None
-        if team.first:
-            try:
-                held.enter_context(alone(out))
-                begin()
-            except UserError as error:
-                problem = str(error)
-        if problem := team.told(problem):
-            raise UserError(problem)
+
+        def claim() -> None:
+            held.enter_context(alone(out))
+            begin()
+
+        by_first(team, claim)
         yield

@@ -113,7 +113,11 @@ def images_for_recipe(args: argparse.Namespace) -> "TrainingSet":
 def within_memory(
     args: argparse.Namespace, recipe: "Recipe", names: list[str], data: "TrainingSet", team: "Team"
 ) -> "Recipe":
-    """The stages with passes that --max-memory has room for."""
+    """The stages with passes that --max-memory has room for. Raises UserError for one that this team cannot train."""
+    from onejump.train import check
+
+    for name in names:
+        check(recipe.stages[name], team)
     if args.max_memory is None:
         return recipe
     from dataclasses import replace
@@ -123,11 +127,11 @@ def within_memory(
     from onejump.types import UserError
 
     limit = bytes_in("--max-memory", args.max_memory)
+    about = (images_for(recipe.network, data), team.device, limit, *spread_of(args, team))
     for name in names:
         size, problem, stage = 0, None, recipe.stages[name]
         if team.first:  # what a process holds already differs a little; what all do must not
             try:
-                about = (images_for(recipe.network, data), team.device, limit, *spread_of(args, team))
                 fits, memory = fitting(name, recipe, *about)
                 size = fits.micro_batch
             except UserError as error:
@@ -169,22 +173,22 @@ def run_command(args: argparse.Namespace) -> Work:
     from onejump.distributed import in_turn
     from onejump.fit import check_chain
     from onejump.pipeline import check_teachers, run
-    from onejump.run_record import about_detector, check_run, open_run, read_json
+    from onejump.run_record import about_detector, check_detector, check_run, open_run, read_json
     from onejump.start import Given
 
     check_name(args.recipe)
     team, out = cli_team.team_of(args.device, args.shard), args.out or default_out(args)
     detector = cli_judge.detector_of(args, out, team.device)  # what it lacks is told at once
     data, device = in_turn(team, lambda: images_for_recipe(args)), team.device
-    recipe, judge = recipe_of(args, data), cli_judge.judge_of(args, data, detector, out, team)
+    recipe, judge = recipe_of(args, data), cli_judge.judge_of(args, data, detector, team)
     recipe = within_memory(args, recipe, list(recipe.stages), data, team)
     check_chain(recipe)
     if args.dry_run:
         return lambda: dry_run(args, recipe, list(recipe.stages), data, team)
     check_run(recipe, data, out)
+    check_detector(judge, out)
     given = Given(teacher=args.teacher, guide=args.guide)
     check_teachers(recipe, list(recipe.stages), data, out, device, given)
-
     about = command_of(args, out), about_detector(judge, args.detector, args.weights)
 
     def work() -> None:
@@ -204,7 +208,7 @@ def train_command(args: argparse.Namespace) -> Work:
     from onejump.config_json import did_you_mean
     from onejump.distributed import in_turn
     from onejump.pipeline import check_teachers, train_stage
-    from onejump.run_record import about_detector, check_run, open_run
+    from onejump.run_record import about_detector, check_detector, check_run, open_run
     from onejump.start import Given, start_of, starting_model
     from onejump.types import UserError
 
@@ -212,7 +216,7 @@ def train_command(args: argparse.Namespace) -> Work:
     team, out = cli_team.team_of(args.device, args.shard), args.out or default_out(args)
     detector = cli_judge.detector_of(args, out, team.device)  # what it lacks is told at once
     data, device = in_turn(team, lambda: images_for_recipe(args)), team.device
-    recipe, judge = recipe_of(args, data), cli_judge.judge_of(args, data, detector, out, team)
+    recipe, judge = recipe_of(args, data), cli_judge.judge_of(args, data, detector, team)
     names = list(recipe.stages)
     stage = args.stage or (names[0] if len(names) == 1 else None)
     if stage not in names:
@@ -222,10 +226,10 @@ def train_command(args: argparse.Namespace) -> Work:
     if args.dry_run:
         return lambda: dry_run(args, recipe, [stage], data, team)
     check_run(recipe, data, out)
+    check_detector(judge, out)
     given = Given(args.init, args.teacher, args.guide)
     check_teachers(recipe, [stage], data, out, device, given)
     starting_model(recipe, stage, start_of(recipe, stage, out, given))
-
     about = command_of(args, out), about_detector(judge, args.detector, args.weights)
 
     def work() -> None:

@@ -144,6 +144,7 @@ class Unit:
         self.arrived += 1
         if self.arrived < len(self.parameters):
             return
+        self.arrived = 0
         self.messages.pop("divide", None)
         self.messages["divide"] = self.room()
         for p in self.parameters:

@@ -81,7 +81,7 @@ def doubtful(recipe: Recipe, name: str, start: Start) -> str | None:
     core = recipe.stages[name].core
     if start.source is not None or not isinstance(core, ECT | TCM):
         return None
-    way_out = f"give it one by onejump train {recipe.name} --stage {name} --init MODEL"
+    way_out = f"give one to onejump train with --stage {name} --init MODEL, and another --out"
     return f"{name}: starts from random weights, but {type(core).__name__} tunes a diffusion model; {way_out}"
 
 

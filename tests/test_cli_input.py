@@ -1,11 +1,18 @@
 """Mistakes and failures are told in one line, with what to do about them."""
 
+from argparse import Namespace
+from pathlib import Path
+
 import pytest
 import torch
 
 from onejump.cli_input import Parser, out_of_memory
+from onejump.cli_training import within_memory
+from onejump.data.shards import refuse_glob
 from onejump.data.source import line
 from onejump.data.sources import open_source
+from onejump.distributed import Team
+from onejump.recipes import build_recipe
 from onejump.types import UserError
 
 
@@ -57,3 +64,14 @@ def test_what_the_system_says_is_told_without_its_number(tmp_path):
         open(tmp_path / "gone")
     assert line(error.value) == "No such file or directory"
     assert [line(e) for e in (OSError("one\ntwo"), ValueError(), KeyError("x"))] == ["one", "ValueError", "'x'"]
+
+
+@pytest.mark.parametrize("path", ["/x/{a,b}/x.tar", "/x/coyo [2024]/x-{000..001}.tar", "/x/x-{a,b}.tar"])
+def test_our_own_patterns_of_shards_are_no_globs(path):
+    refuse_glob(Path(path))
+
+
+def test_more_processes_than_fit_a_batch_are_refused_before_memory_is_predicted():
+    recipe = build_recipe("digits", None)
+    with pytest.raises(UserError, match="batch: 128 images do not divide among 129 processes"):
+        within_memory(Namespace(max_memory=None), recipe, ["stage1"], None, Team(world=129))

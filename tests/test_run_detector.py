@@ -88,7 +88,7 @@ def test_weights_that_are_missing_or_others_are_told_at_once(tmp_path, capsys, m
     assert "detector: 'fid'; choose one of" in said(capsys, ["train", "digits", *absent, "--detector", "fid"], 2)
     out, weights = finished_run(tmp_path), inception(tmp_path / "a.npz", seed=0)
     judged_by(out, {"name": "inception-64", "sha256": "0", "asked": "inception-64", "weights": str(weights)})
-    line = said(capsys, command(out, "--dry-run"), 2)
+    line = said(capsys, command(out), 2)
     assert f"the evaluations in {out} are by other weights of inception-64, and would mix" in line
     weights.unlink()
     line = said(capsys, command(out), 2)
@@ -99,8 +99,8 @@ def test_what_the_detector_cannot_see_is_refused(tmp_path, capsys):
     np.save(tmp_path / "set.npy", np.random.default_rng(0).normal(size=(3, 4, 4, 4)).astype(np.float32))
     latents, args = open_latents(tmp_path / "set.npy"), Namespace(detector="pixels")
     with pytest.raises(UserError, match="--detector pixels: latents are not judged while training; leave it out, and"):
-        judge_of(args, latents, PixelDetector(), tmp_path / "new", Team())
-    assert about_detector(judge_of(args, latents, None, tmp_path / "new", Team())) is None
+        judge_of(args, latents, PixelDetector(), Team())
+    assert about_detector(judge_of(args, latents, None, Team())) is None
     np.savez(tmp_path / "grey.npz", np.zeros((20, 16, 16), np.uint8))
     images = ["--data", tmp_path / "grey.npz", "--detector", "digits", "network=MLPConfig(shape=(1,16,16))"]
     assert "8x8" in said(capsys, ["run", "digits", *images, "--out", tmp_path / "new"], 2)

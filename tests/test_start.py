@@ -66,7 +66,7 @@ def test_tuning_a_diffusion_model_warns_once_where_there_is_none(tmp_path, capsy
     """ECT and TCM begin at one in their papers; CT and iCT at random weights."""
     recipe, nothing = build_recipe("digits", digits()), Start(None, None)
     for stage, method in (("stage1", "ECT"), ("stage2", "TCM")):
-        way_out = f"give it one by onejump train digits --stage {stage} --init MODEL"
+        way_out = f"give one to onejump train with --stage {stage} --init MODEL, and another --out"
         expected = f"{stage}: starts from random weights, but {method} tunes a diffusion model; {way_out}"
         assert doubtful(recipe, stage, nothing) == expected and doubtful(recipe, stage, Start(tmp_path, "")) is None
     for method in ("ICT", "CT"):

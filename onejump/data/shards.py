@@ -37,8 +37,9 @@ def expanded(pattern: str) -> list[str]:
 
 def refuse_glob(path: Path) -> None:
     """A shell's pattern, or a list, would hide that a file is missing; ours says which shards there must be."""
-    marks = "*?[" if "{" in path.name else "*?[,"
-    if os.path.exists(path) or not any(mark in str(path) for mark in marks):
+    ours = "{" in str(path)
+    where, marks = (path.name, "*?[") if ours else (str(path), "*?[,")
+    if os.path.exists(path) or not any(mark in where for mark in marks):
         return
     way_out = "one path is needed, such as the folder that holds the images"
     if path.suffix == ".tar":

@@ -89,7 +89,8 @@ RECORDS = (
         paper={1: 13.0, 2: 11.1},
         parameters=295.9,
         gflop=219.3,
-        note="The released command starts from EDM's weights: train with --stage ct --init models/edm_imagenet64_ema.",
+        note="The released command starts from EDM's weights: onejump import edm_imagenet64_ema.pt "
+        "models/edm_imagenet64_ema, then train --stage ct --init models/edm_imagenet64_ema.",
         second_hand=TABLES,
     ),
 )

@@ -87,7 +87,8 @@ def imagenet_xl() -> Recipe:
 PAPER = "Lee et al. 2025 (TCM)"
 FLOOR = "The command line keeps r at 1e-6 or more in stage 1 too: STAGE.method.delta.r_min=1e-6."
 BY_RULE = (
-    "The paper ended stage 1 by eye, where its FID was lowest; by a rule (docs/methods.md), in both commands: {}. "
+    "The paper ended stage 1 by eye, where its FID was lowest; by a rule (docs/methods.md), in both commands: {} "
+    "--detector inception-2048. "
 )
 CIFAR10_NOTE = "Optimizer, rates, EMA and dropout: the released command line. "
 IMAGENET_NOTE = (
