@@ -5,6 +5,7 @@ A command first reads what it was given (mistakes end with exit code 2), then wo
 
 import argparse
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -71,7 +72,9 @@ def read(argv: list[str] | None) -> argparse.Namespace:
     args, rest = parser().parse_known_args(argv)
     if any(word.startswith("-") for word in rest) or (rest and "overrides" not in args):
         more = f" and {len(rest) - 3} more" if len(rest) > 3 else ""  # a shell's pattern may have become thousands
-        args.parser.error(f"unrecognized arguments: {' '.join(rest[:3])}{more}")
+        dashed = [word for word in rest if re.match(r"--\w+\.[\w.]+=", word)]
+        hint = f"; a setting has no dashes: {dashed[0].lstrip('-')}" if dashed else ""
+        args.parser.error(f"unrecognized arguments: {' '.join(rest[:3])}{more}{hint}")
     if rest:
         args.overrides += rest
     return args
@@ -98,7 +101,8 @@ def unexpected(error: Exception, argv: list[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = Parser(prog="onejump", description="Images in one or two network calls: consistency models.")
+    about = "Images in one or two network calls: consistency models."
+    top = Parser(prog="onejump", description=about, allow_abbrev=False)
     top.add_argument("--version", action="version", version=f"onejump {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -106,7 +110,12 @@ def parser() -> argparse.ArgumentParser:
         name: str, command: Callable[[argparse.Namespace], Work], text: str, epilog: str = ""
     ) -> argparse.ArgumentParser:
         made = commands.add_parser(
-            name, help=text, description=text, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+            name,
+            help=text,
+            description=text,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
         made.set_defaults(command=command, parser=made)
         return made

@@ -79,10 +79,8 @@ def stage_of(path: Path) -> Path:
         return path
     stage = path.parent if path.is_file() else model_folder(path).parent
     if not (stage / "ema").is_dir():
-        others = ", ".join(folder.parent.name for folder in sorted(path.glob("*/ema")))
-        way_out = (
-            f"some are in {', '.join(others)}" if others else "a stage trained with STAGE.snapshots=Snapshots has them"
-        )
+        others = ", ".join(str(folder.parent) for folder in sorted(path.glob("*/ema")))
+        way_out = f"some are in {others}" if others else "a stage trained with STAGE.snapshots=Snapshots has them"
         raise UserError(f"{stage}: no snapshots there; {way_out}")
     return stage
 

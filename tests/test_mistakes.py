@@ -146,3 +146,14 @@ def test_closed_input_and_a_reader_that_leaves_early_do_no_harm(out):
     done = subprocess.run([*argv, "show", str(out)], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
     os.close(writer)
     assert done.returncode in (0, 1) and done.stderr == ""
+
+
+def test_snapshots_of_another_stage_are_named(tmp_path, capsys):
+    out = finished_run(tmp_path)
+    (out / "stage1" / "ema").mkdir()
+    assert said(capsys, ["ema", out], 2).endswith(f"{out / 'stage2'}: no snapshots there; some are in {out / 'stage1'}")
+
+
+def test_a_setting_with_dashes_and_a_shortened_option_are_told_apart(capsys):
+    assert "a setting has no dashes: stage1.steps=5" in said(capsys, ["run", "digits", "--stage1.steps=5"], 2)
+    assert "unrecognized arguments: --det" in said(capsys, ["evaluate", "x", "--det", "pixels"], 2)
