@@ -96,6 +96,8 @@ def load_table(path: Path) -> Table:
         estimator = Estimator(**content.pop("estimator"))
         l_t, s_t, rms = (tuple(map(float, content.pop(name))) for name in ("l_t", "s_t", "rms"))
         return Table(l_t, s_t, rms, estimator, **content)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such table; make one with `onejump precond MODEL --out {path}`") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
         reason = f"it has no {error}" if isinstance(error, KeyError) else reason

@@ -12,7 +12,7 @@ from onejump import cli_judge
 from onejump.cli_input import check_seed, device_of, images_of, numbers_of
 from onejump.cli_results import finish, refuse_over
 from onejump.cli_sampling import STEPS, add_guidance, add_sampling, asked_sampler, guided_as_asked
-from onejump.cli_text import add_prompts, null_of, prompts_of
+from onejump.cli_text import add_prompts, null_of, number_of, prompts_of
 
 if TYPE_CHECKING:
     import torch
@@ -153,7 +153,7 @@ def task_of(args: argparse.Namespace, device: "torch.device") -> Task:
     check_shape(args, judge, shape, "the model makes")
     sampler, steps = sampler_of(args, saved)
     check_extras(args, saved, judge, prompts)
-    n = min(args.n, len(prompts.texts)) if prompts else args.n
+    n = number_of(args, prompts)
     denoise = DENOISE if args.denoise is None else tuple(numbers_of("--denoise", args.denoise, float))
     identity = guided_sha256(open_sha256(Path(args.model)), args.guidance, args.guide)
     how = How(

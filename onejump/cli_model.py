@@ -65,7 +65,7 @@ def sample_command(args: argparse.Namespace) -> Work:
         if team.first:
             columns = 10 if len(saved.class_names) in (0, 10) else len(saved.class_names)
             write_samples(images, labels, args.out, columns)
-            print(f"{n} images, {what_was_done(sampler, steps)}, seed {args.seed}: {args.out}")
+            print(f"{n} images, {what_was_done(sampler, steps, saved.model)}, seed {args.seed}: {args.out}")
         team.leave()
 
     return work

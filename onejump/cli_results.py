@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onejump.page import number
+from onejump.page import guidance_in, number
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,10 @@ EXPLAINED = (
 def print_results(reference: dict[str, Any], stages: dict[str, Any]) -> None:
     """One line for each stage and number of steps; columns of which the record holds nothing are left out."""
     real = "published statistics" if reference["n"] is None else f"{reference['n']} real images"
-    print(f"\nFrechet distance ({reference['detector']}, {real})")
+    print(f"\nFrechet distance ({reference['detector']}, {judged(stages)} against {real})")
+    for name, stage in stages.items():
+        if "guidance" in stage:
+            print(f"{name}: {guidance_in(stage['guidance'])}, which doubles the network calls")
     rows = [row_of(name, steps, found) for name, stage in stages.items() for steps, found in stage["steps"].items()]
     if reference["real_half_frechet"] is not None:
         rows.append({"stage": HALVES, "Frechet": f"{reference['real_half_frechet']:.3f}"})
@@ -47,17 +50,26 @@ def print_results(reference: dict[str, Any], stages: dict[str, Any]) -> None:
             print(f"{name}: {text}")
 
 
+def judged(stages: dict[str, Any]) -> str:
+    """How many samples: one number, or from the least to the most."""
+    n = [found["n"] for stage in stages.values() for found in stage["steps"].values()]
+    return f"{max(n)} sample{'s' if max(n) != 1 else ''}" if min(n) == max(n) else f"{min(n)} to {max(n)} samples"
+
+
 def row_of(name: str, steps: str, found: dict[str, Any]) -> dict[str, str]:
     """Cells by their title, "" for what is not there."""
     low, high = found.get("frechet_interval") or (None, None)
+    places = (
+        3 if found["frechet"] < 10 else 2 if found["frechet"] < 100 else 1
+    )  # the same in all, so that it lies within
     sure = found.get("confidence", {})
     shares = {"sure": sure.get("mean"), "as asked": sure.get("as_asked"), "off balance": found.get("balance_distance")}
     return {
         "stage": name,
         "steps": steps,
         "calls": str(found["nfe"]),
-        "Frechet": f"{found['frechet']:.3f}",
-        "95 %": "" if low is None else f"{number(low)}..{number(high)}",
+        "Frechet": f"{found['frechet']:.{places}f}",
+        "95 %": "" if low is None else f"{low:.{places}f}..{high:.{places}f}",
         "KID": number(found["kid"]) if "kid" in found else "",
         **{title: "" if share is None else f"{share:.1%}" for title, share in shares.items()},
     }

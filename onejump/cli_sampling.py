@@ -10,6 +10,7 @@ from onejump.cli_input import numbers_of
 if TYPE_CHECKING:
     import torch
 
+    from onejump.model import ConsistencyModel
     from onejump.samplers import Jumps, Sampler, Trajectory
     from onejump.saved import SavedModel
 
@@ -148,11 +149,14 @@ def default_steps(args: argparse.Namespace, sampler: "Sampler") -> int:
     return sampler.max_steps if isinstance(sampler, Multistep) and args.times else usual_steps(sampler)
 
 
-def what_was_done(sampler: "Sampler", steps: int) -> str:
+def what_was_done(sampler: "Sampler", steps: int, model: "ConsistencyModel | None" = None) -> str:
+    """model: the one that was sampled, which calls two networks where it is guided."""
     from onejump.samplers import ODE, Jumps, Trajectory
 
     if isinstance(sampler, ODE):
-        return f"{steps} {sampler.solver.__name__.capitalize()} steps ({sampler.calls(steps)} network calls)"
+        passes = 1 if model is None else getattr(model.net, "passes", 1)
+        how = f"{sampler.solver.__name__.capitalize()} steps{' with guidance' if passes > 1 else ''}"
+        return f"{steps} {how} ({sampler.calls(steps) * passes} network calls)"
     times = sampler.times(steps)
     if isinstance(sampler, Jumps | Trajectory):
         ends = sampler.end if isinstance(sampler, Jumps) else sampler.ends(steps)

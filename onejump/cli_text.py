@@ -1,6 +1,7 @@
 """What commands do with text: prompts of `sample` and `evaluate`, captioned latents of `data prepare`."""
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,9 +40,10 @@ def prompts_of(args: argparse.Namespace, saved: "SavedModel", device: "torch.dev
     texts = read_prompts(args.prompts) if args.prompts else tuple(single or ())
     if not texts:
         if reads_text(saved):
-            raise UserError(f"{args.model}: a text-to-image model; say what it shall make, with --prompt or --prompts")
+            options = "--prompt TEXT or --prompts FILE" if "prompt" in args else "--prompts FILE"
+            raise UserError(f"{args.model}: a text-to-image model; say what it shall make, with {options}")
         return None
-    return prompts_for(saved, texts, args.stable_diffusion, device, getattr(args, "clip", None))
+    return prompts_for(saved, texts, args.stable_diffusion, device, getattr(args, "clip", None), args.model)
 
 
 def null_of(args: argparse.Namespace, saved: "SavedModel", device: "torch.device") -> "torch.Tensor | None":
@@ -50,6 +52,21 @@ def null_of(args: argparse.Namespace, saved: "SavedModel", device: "torch.device
         return None
     prompts = prompts_of(args, saved, device)
     return prompts.null() if prompts else None
+
+
+def number_of(args: argparse.Namespace, prompts: "Prompts | None") -> int:
+    """Samples to judge: --n, or as many as there are prompts, where those are fewer, which is said."""
+    from onejump.run_record import say
+    from onejump.types import UserError
+
+    if prompts is None or args.n <= len(prompts.texts):
+        return args.n
+    held = len(prompts.texts)
+    if held < 2:
+        raise UserError(f"--prompts {args.prompts}: holds {held}, but a distance needs at least 2 samples; give more")
+    if os.environ.get("RANK", "0") == "0":
+        say(f"--prompts {args.prompts} holds {held}, so {held} of {args.n} images")
+    return held
 
 
 def sample_prompts(args: argparse.Namespace, saved: "SavedModel", team: "Team", write: Callable[..., None]) -> Work:
@@ -78,7 +95,7 @@ def sample_prompts(args: argparse.Namespace, saved: "SavedModel", team: "Team", 
         images = by_share(team, n, asked.image_shape(saved), block_on(team.device), make)
         if team.first:
             write(images, None, args.out, min(len(prompts.texts), 10))
-            print(f"{n} images, {what_was_done(sampler, steps)}, seed {args.seed}: {args.out}")
+            print(f"{n} images, {what_was_done(sampler, steps, saved.model)}, seed {args.seed}: {args.out}")
         team.leave()
 
     return work

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from onejump.config import Network, Recipe
     from onejump.data.training_set import TrainingSet
     from onejump.distributed import Team
+    from onejump.start import Given
 
 Work = Callable[[], None]
 
@@ -61,7 +62,7 @@ def recipe_of(args: argparse.Namespace, data: "TrainingSet") -> "Recipe":
     from onejump.fit import images_for
     from onejump.overrides import apply_overrides
     from onejump.recipes import build_recipe
-    from onejump.start import distilled_from
+    from onejump.start import check_shape, distilled_from
 
     recipe = build_recipe(args.recipe, data)
     if args.scale is not None:
@@ -75,6 +76,7 @@ def recipe_of(args: argparse.Namespace, data: "TrainingSet") -> "Recipe":
     recipe = apply_overrides(recipe, args.overrides)
     check_guide(args, recipe)
     images_for(recipe.network, data)
+    check_shape(recipe.network, data, args.teacher)
     return recipe
 
 
@@ -117,7 +119,7 @@ def within_memory(
     from onejump.train import check
 
     for name in names:
-        check(recipe.stages[name], team)
+        check(recipe.stages[name], team, name)
     if args.max_memory is None:
         return recipe
     from dataclasses import replace
@@ -144,6 +146,16 @@ def within_memory(
             print(f"onejump: --max-memory {args.max_memory}: {text}", file=sys.stderr)
         recipe = replace(recipe, stages=recipe.stages | {name: replace(stage, micro_batch=size)})
     return recipe
+
+
+def forewarn(recipe: "Recipe", names: list[str], out: Path, given: "Given", team: "Team") -> None:
+    """Raises UserError for guidance that cannot be; says what else will not do what it is for."""
+    from onejump.run_record import say
+    from onejump.start import check_guided, doubts
+
+    check_guided(recipe, names, out, given)
+    for text in doubts(recipe, names, out, given) if team.first else ():
+        say(text)
 
 
 def default_out(args: argparse.Namespace) -> Path:
@@ -181,13 +193,14 @@ def run_command(args: argparse.Namespace) -> Work:
     detector = cli_judge.detector_of(args, out, team.device)  # what it lacks is told at once
     data, device = in_turn(team, lambda: images_for_recipe(args)), team.device
     recipe, judge = recipe_of(args, data), cli_judge.judge_of(args, data, detector, team)
-    recipe = within_memory(args, recipe, list(recipe.stages), data, team)
+    given = Given(teacher=args.teacher, guide=args.guide)
     check_chain(recipe)
+    forewarn(recipe, list(recipe.stages), out, given, team)
+    recipe = within_memory(args, recipe, list(recipe.stages), data, team)
     if args.dry_run:
         return lambda: dry_run(args, recipe, list(recipe.stages), data, team)
     check_run(recipe, data, out)
     check_detector(judge, out)
-    given = Given(teacher=args.teacher, guide=args.guide)
     check_teachers(recipe, list(recipe.stages), data, out, device, given)
     about = command_of(args, out), about_detector(judge, args.detector, args.weights)
 
@@ -222,12 +235,13 @@ def train_command(args: argparse.Namespace) -> Work:
     if stage not in names:
         asked = f"no {stage!r}" if stage else "say which"
         raise UserError(f"--stage: {asked}; there are {', '.join(names)}{did_you_mean(stage or '', names)}")
+    given = Given(args.init, args.teacher, args.guide)
+    forewarn(recipe, [stage], out, given, team)
     recipe = within_memory(args, recipe, [stage], data, team)
     if args.dry_run:
         return lambda: dry_run(args, recipe, [stage], data, team)
     check_run(recipe, data, out)
     check_detector(judge, out)
-    given = Given(args.init, args.teacher, args.guide)
     check_teachers(recipe, [stage], data, out, device, given)
     starting_model(recipe, stage, start_of(recipe, stage, out, given))
     about = command_of(args, out), about_detector(judge, args.detector, args.weights)

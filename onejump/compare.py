@@ -277,7 +277,7 @@ def draw_sheets(
         saved.model.to(device)
         labels, prompts, columns = balanced_labels(n, len(saved.class_names)), None, len(saved.class_names)
         if reads_text(saved):
-            prompts, columns = prompts_for(saved, (SHOWN * n)[:n], device=device), 3 * len(SHOWN)
+            prompts, columns = prompts_for(saved, (SHOWN * n)[:n], None, device, name=entry.target.path), 3 * len(SHOWN)
         for k in entry.sheet_steps:
             images = Generated(saved, entry.sampler, k, labels, seed, prompts=prompts)(range(n))
             path = folder / f"{len(sheets):03d}.png"

@@ -10,7 +10,7 @@ from onejump.compare_cost import flops_of_call, passes_of
 from onejump.config_json import from_json
 from onejump.fit import network_of
 from onejump.importers.stable_diffusion import open_model, open_sha256
-from onejump.page import plural
+from onejump.page import guidance_in, plural
 from onejump.prompts import SHOWN, reads_text
 from onejump.run_folder import RunFolder, StageFolder, read_json, read_run
 from onejump.samplers import ODE, Jumps, Multistep, Sampler
@@ -243,11 +243,11 @@ def record_of(target: Target, saved: SavedModel) -> tuple[Record | None, tuple[s
     content: dict[str, Any] = {}
     if target.record:
         content = read_json(target.record)
+        if "guidance" in content:
+            told = f"{target.path} was judged with {guidance_in(content['guidance'])}, which is not compared"
+            raise UserError(f"{target.record}: {told}; give a record of `onejump evaluate` without --guidance")
         if content.get("model_sha256") != open_sha256(target.path):
-            guided = ", or one with guidance, which is not compared" if "guidance" in content else ""
-            raise UserError(
-                f"{target.record}: this is no record of {target.path}{guided}; see `onejump evaluate --out`"
-            )
+            raise UserError(f"{target.record}: this is no record of {target.path}; see `onejump evaluate --out`")
     elif target.run and target.stage:
         whole, own = target.run.evaluation, target.run.evaluation.get("stages", {}).get(target.stage.name, {})
         device = {name: target.run.run.get(name) for name in ("device", "threads")}

@@ -54,7 +54,8 @@ def pictures(found: Comparison, sheets: Sequence[Sheet], real: Path | None, abou
         name = f"{sheet.entry.name}, {plural(sheet.steps, 'step')}"
         caption = f"<b>{escape(name)}</b><br>{note_of(found, sheet)}"
         figures.append(figure(sheet.path, f"samples of {name}", caption))
-    note = "" if real else '<p class="missing">No real images: none of these models lies in a run with a report.</p>'
+    told = "No real images: no report of these models' runs shows any (a run of latents never does)."
+    note = "" if real else f'<p class="missing">{escape(told)}</p>'
     return section("Samples", intro, f'<div class="sheets">{"".join(figures)}</div>', note)
 
 

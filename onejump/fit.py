@@ -22,10 +22,13 @@ def images_for(network: Network, data: TrainingSet) -> TrainingSet:
     Raises UserError if it knows another number of classes than the images have, or if one has to do with text and the
     other has not.
     """
-    if isinstance(network, TextUNetConfig) != isinstance(data, TextSet):
+    reads_text, kind = isinstance(network, TextUNetConfig), type(network).__name__
+    if isinstance(data, TextSet) and not reads_text:
+        told = f"{data.name} holds latents with captions; they are for tcm-sd15 and cd-sd15"
+        raise UserError(f"network: {kind} reads no text, and {told}")
+    if reads_text and not isinstance(data, TextSet):
         way_out = "onejump data prepare SHARDS OUT --vae STABLE_DIFFUSION makes latents with captions"
-        kind = "reads text" if isinstance(network, TextUNetConfig) else "reads no text"
-        raise UserError(f"network: {type(network).__name__} {kind}, {data.name} is another kind of data; {way_out}")
+        raise UserError(f"network: {kind} reads text, {data.name} is another kind of data; {way_out}")
     if network.label_dim == 0:
         return data.unlabelled()
     if network.label_dim != data.classes:

@@ -146,3 +146,17 @@ def check_rule(
         raise UserError(f"{path}.calls: {rule.calls}; evaluations make {steps} jump(s): use one of them")
     if rule.t is not None and not times[0] <= rule.t <= times[1]:
         raise UserError(f"{path}.t: {rule.t:g}; the stage trains from {times[0]:g} to {times[1]:g}: stay inside")
+
+
+def undecided(stage: str, rule: Plateau, evaluate_every: int, first_step: int, steps: int) -> str | None:
+    """What to say of a stage that has fewer evaluations than its rule decides from."""
+    made = (first_step + steps) // evaluate_every - first_step // evaluate_every
+    wanted = rule.patience + 1
+    if made >= wanted:
+        return None
+    often = steps // (2 * wanted)
+    more = f"give evaluate_every={often}, or a smaller" if often else "give a smaller"
+    return (
+        f"{stage}.until: it decides from {wanted} evaluations on, and {steps} steps have {made}, so the stage runs to "
+        f"its end; {more} {stage}.until.patience"
+    )

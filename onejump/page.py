@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 DASH = "\N{EN DASH}"  # stands for a number that does not exist
 
@@ -37,6 +38,12 @@ def duration(seconds: float | None) -> str:
 
 def plural(n: int, word: str) -> str:
     return f"{n:,} {word}" if n == 1 else f"{n:,} {word}s"
+
+
+def guidance_in(record: Mapping[str, Any]) -> str:
+    """What the record of an evaluation says of its guidance, in words."""
+    guide = "" if record["guide"] is None else f" by {record['guide']}"
+    return f"guidance {record['scale']:g}{guide}"
 
 
 def section(title: str, intro: str, *parts_html: str) -> str:

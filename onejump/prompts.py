@@ -108,8 +108,9 @@ def prompts_for(
     folder: Path | None = None,
     device: torch.device | str = "cpu",
     clip: Path | None = None,
+    name: Path | str = "this model",
 ) -> Prompts:
-    """For this model, with the parts it was trained beside; `folder` says where those are now.
+    """For this model, with the parts it was trained beside; `folder` says where those are now. name: for errors.
 
     Raises UserError if the model reads no text, or the text encoder is another one.
     """
@@ -118,9 +119,12 @@ def prompts_for(
     about: dict[str, Any] = saved.provenance.get(PARTS, {})
     if folder is None and "stable_diffusion" not in about:
         raise UserError("--stable-diffusion: the model does not say whose text encoder it reads; give that folder")
+    if folder is not None and not folder.expanduser().is_dir():
+        raise UserError(f"--stable-diffusion {folder}: no such folder; give the one that the model was made with")
     place = Path(folder or about["stable_diffusion"]).expanduser().absolute()
     if "text_sha256" in about:
-        check_encoder("this model", place, about["text_sha256"])
+        way_out = "say where it is now: sample and evaluate have --stable-diffusion FOLDER"
+        check_encoder(name, place, about["text_sha256"], way_out)
     device = torch.device(device)
     text_encoder(place, device), autoencoder(place, device)
     scorer = None if clip is None else CLIPDetector(clip, device)

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
+from onejump.config import Network
+from onejump.networks.text_unet import TextUNetConfig
 from onejump.overrides import describe
 from onejump.page import DASH, definitions, duration, figure, missing, number, page, percent, plural, section, table
 from onejump.report_charts import losses, quality
@@ -35,13 +38,19 @@ TERMS = {
 }
 
 
+SHARES = ("Confidence", "As asked", "Imbalance")  # which the digits' classifier alone tells
+SHEETS = 4  # of samples of latents, that are shown of a stage
+
+
 def write_report(out: Path) -> Path:
     """Writes out/report.html from what the run's folder holds and returns its path; sections without data say so.
 
     Raises UserError if `out` is not the folder of a run.
     """
     run = read_run(out)
-    sections = (pictures, results, quality, hand_overs, losses, neighbours, time_spent, configuration, origin)
+    sections = [pictures, results, quality, hand_overs, losses, neighbours, time_spent, configuration, origin]
+    if is_of_latents(run):
+        sections = [pictures_of_latents, hand_overs, losses, time_spent, configuration, origin]
     title = f"{run.recipe.name}: report"
     body = f'<header><h1>{escape(title)}</h1><p class="verdict">{verdict(run)}</p></header>\n<main>\n'
     parts = [make(run) for make in sections]
@@ -52,11 +61,27 @@ def write_report(out: Path) -> Path:
     return path
 
 
+def is_of_latents(run: RunFolder) -> bool:
+    """Whether it is not judged, since latents are no images."""
+    reads_text = isinstance(run.recipe.network, TextUNetConfig)
+    return reads_text or not run.evaluation and run.run.get("detector", "unknown") is None
+
+
+def how_to_judge(network: Network, model: Path | str) -> tuple[str, str]:
+    """Of models of latents, which a run does not judge: what to do, and the command."""
+    if isinstance(network, TextUNetConfig):
+        return "Latents are judged by", f"onejump evaluate {model} --prompts FILE --data IMAGES"
+    return "Latents are judged once samples are decoded, by", "onejump evaluate --images DECODED --data IMAGES"
+
+
 def verdict(run: RunFolder) -> str:
     """One sentence: quality of the last stage with its fewest steps, and the cost of the chain."""
     time = duration(sum(stage.train_seconds for stage in run.stages))
     spent = f"<strong>{time}</strong> of training on {escape(str(run.run.get('device', 'an unnamed device')))}"
     judged = [stage for stage in run.stages if stage.results]
+    if is_of_latents(run):
+        text, command = how_to_judge(run.recipe.network, run.path)
+        return f"{spent}. {text} <code>{escape(command)}</code>."
     if not judged:
         return f"Not evaluated yet, after {spent}."
     stage = judged[-1]
@@ -91,6 +116,24 @@ def pictures(run: RunFolder) -> str:
     return section("Samples", intro, sheets, note)
 
 
+def pictures_of_latents(run: RunFolder) -> str:
+    """What the autoencoder made of samples while the stages trained."""
+    figures = []
+    for stage in run.stages:
+        for path in some_of(sorted((run.path / stage.name / "samples").glob("step-*.png"))):
+            name = f"{stage.name}, step {int(path.stem.removeprefix('step-')):,}"
+            figures.append(figure(path, f"samples of {name}", f"<b>{escape(name)}</b>"))
+    if not figures:
+        return ""
+    return section("Samples while training", "", f'<div class="sheets">{"".join(figures)}</div>')
+
+
+def some_of(paths: Sequence[Path]) -> list[Path]:
+    """At most SHEETS, evenly, with the last."""
+    n = len(paths)
+    return [paths[(k + 1) * n // min(n, SHEETS) - 1] for k in range(min(n, SHEETS))]
+
+
 def results(run: RunFolder) -> str:
     """A row for each stage and number of steps, and one for real images."""
     reference = run.evaluation.get("reference", {})
@@ -106,8 +149,20 @@ def results(run: RunFolder) -> str:
         f"detector “{reference.get('detector', 'unknown')}”. The last row is what real images get: half against "
         "half, and each against its nearest other."
     )
-    cells = table((*header, "Nearest, rms", "Time, s / 1,000 images"), rows, {len(rows) - 1: "real"})
-    return section("Results", intro, cells, definitions(TERMS, "terms"))
+    titles, rows = without_empty((*header, "Nearest, rms", "Time, s / 1,000 images"), rows)
+    said = {name.partition(",")[0] for name in titles}
+    terms = {term: text for term, text in TERMS.items() if term not in SHARES or term in said}
+    return section("Results", intro, table(titles, rows, {len(rows) - 1: "real"}), definitions(terms, "terms"))
+
+
+def without_empty(
+    header: Sequence[str], rows: Sequence[Sequence[str]]
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The table without the columns of SHARES that hold dashes alone."""
+    columns = list(zip(header, *rows, strict=True))
+    kept = [column for column in columns if column[0].partition(",")[0] not in SHARES or set(column[1:]) - {DASH}]
+    first, *others = zip(*kept, strict=True)
+    return first, others
 
 
 def _result_row(name: str, steps: int, found: dict[str, Any]) -> tuple[str, ...]:

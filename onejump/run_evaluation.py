@@ -17,7 +17,7 @@ from onejump.evaluate import How, Judge, evaluate
 from onejump.evaluation.metrics import nearest_neighbours
 from onejump.generate import balanced_labels, generate_by
 from onejump.parts import Workers
-from onejump.report import contact_sheet, neighbour_sheet
+from onejump.report import contact_sheet, how_to_judge, neighbour_sheet
 from onejump.run_record import finished, read_json, say
 from onejump.samplers import ODE
 from onejump.saved import load_model, model_sha256, write_json
@@ -38,10 +38,8 @@ def evaluate_run(recipe: Recipe, judge: Judge, out: Path, device: torch.device, 
     team = team or Team(device=device)
     path = out / "evaluation.json"
     if isinstance(judge.data, LatentSet | TextSet):
-        tell(
-            team,
-            "evaluation: left out, since latents are no images; decode samples with their autoencoder to judge them",
-        )
+        text, command = how_to_judge(recipe.network, out)
+        tell(team, f"evaluation: left out. {text} `{command}`")
         return
     hashes = {name: model_sha256(out / name) for name in recipe.stages}
     changed = team.told(changed_since(path, hashes))

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,17 @@ import torch
 from onejump.analytic import AnalyticPrecond
 from onejump.config import Distilling, Network, Recipe
 from onejump.config_json import to_json
+from onejump.cost import shape_of
+from onejump.data.training_set import TrainingSet
 from onejump.fit import check_precond, network_of
+from onejump.hand_over import undecided
 from onejump.importers.stable_diffusion import open_model, open_sha256
 from onejump.methods.dsm import DSM
 from onejump.methods.ect import ECT
 from onejump.methods.tcm import TCM
 from onejump.model import ConsistencyModel
 from onejump.networks.lora import merged
+from onejump.networks.mlp import MLPConfig
 from onejump.networks.text_unet import TextUNetConfig
 from onejump.overrides import value_text
 from onejump.precond import Euler, StableDiffusion
@@ -53,6 +58,22 @@ def distilled_from(recipe: Recipe, teacher: str) -> Recipe:
     return replace(recipe, network=replace(saved.network, dropout=recipe.network.dropout))
 
 
+def check_shape(network: Network, data: TrainingSet, teacher: str | None) -> None:
+    """Raises UserError for a network of other images. One that reads text takes latents of any size."""
+    wanted, (channels, side, _) = shape_of(network), data.shape
+    if isinstance(network, TextUNetConfig) or wanted == data.shape:
+        return
+    theirs, ours = ("x".join(map(str, shape)) for shape in (wanted, data.shape))
+    told, way_out = f"{theirs}, these ({data.name}) are {ours}", f"network.shape={value_text(list(data.shape))}"
+    if teacher is not None:
+        raise UserError(f"{teacher}: this teacher makes images of {told}; see --size")
+    if not isinstance(network, MLPConfig):
+        attention = [res * side // network.img_resolution for res in network.attn_resolutions]  # at the same levels
+        way_out = f"network.img_channels={channels} network.img_resolution={side}"
+        way_out += f" network.attn_resolutions={value_text(attention)}" if side != network.img_resolution else ""
+    raise UserError(f"network: it is for images of {told}; give {way_out}")
+
+
 @dataclass(frozen=True)
 class Start:
     """What a stage starts from: random weights (no source), the stage before it, or a model given with --init."""
@@ -85,6 +106,34 @@ def doubtful(recipe: Recipe, name: str, start: Start) -> str | None:
     return f"{name}: starts from random weights, but {type(core).__name__} tunes a diffusion model; {way_out}"
 
 
+def doubts(recipe: Recipe, names: Sequence[str], out: Path, given: Given) -> list[str]:
+    """What to say, before these stages are trained, of settings that will not do what they are for."""
+    found = []
+    for name, stage in recipe.stages.items():
+        rule, before = stage.until, diffusion_before(recipe, name)
+        if rule and name in names and not has_begun(out / name):
+            found.append(undecided(name, rule, recipe.evaluate_every, recipe.first_step(name), stage.steps))
+        if stage.guidance == 1 or before is None or before not in names:
+            continue
+        if recipe.stages[before].label_dropout or has_begun(out / before):
+            continue
+        if guide_of_stage(name, out, given) is None and teacher_of(recipe, name, out, given) == out / before:
+            lacks = "the teacher does not learn what no label is, which guidance needs"
+            found.append(f"{before}.label_dropout=0: {lacks}; give {before}.label_dropout=0.1")
+    return list(dict.fromkeys(text for text in found if text))
+
+
+def check_guided(recipe: Recipe, names: Sequence[str], out: Path, given: Given) -> None:
+    """Raises UserError now, and not after the stages before, for a teacher whose guidance has nothing to compare."""
+    if recipe.network.label_dim or isinstance(recipe.network, TextUNetConfig):
+        return
+    for name in names:
+        scale = recipe.stages[name].guidance
+        if scale != 1 and guide_of_stage(name, out, given) is None:
+            way_out = "leave guidance at 1, or give --guide MODEL"
+            raise UserError(f"{name}.guidance: {scale:g}, but the teacher knows no classes to guide by; {way_out}")
+
+
 def recorded_start(folder: Path) -> dict[str, Any]:
     """What start.json and stage.json say, {} without them."""
     found: dict[str, Any] = {}
@@ -97,14 +146,20 @@ def recorded_start(folder: Path) -> dict[str, Any]:
 def teacher_of(recipe: Recipe, name: str, out: Path, given: Given) -> Path:
     """--teacher's model; else the one that this stage starts, or has started, from by --init; else the last diffusion
     stage before it."""
-    names = list(recipe.stages)
-    before = [other for other in names[: names.index(name)] if isinstance(recipe.stages[other].method, DSM)]
+    before = diffusion_before(recipe, name)
     begun = recorded_start(out / name).get("initialised_from", {}) if has_begun(out / name) else {}
     if found := given.teacher or given.init or begun.get("path"):
         return Path(found)
-    if not before:
+    if before is None:
         raise UserError(f"{name} distils a diffusion model, and {recipe.name} trains none: give --teacher MODEL")
-    return out / before[-1]
+    return out / before
+
+
+def diffusion_before(recipe: Recipe, name: str) -> str | None:
+    """The last diffusion stage before this one."""
+    names = list(recipe.stages)
+    before = [other for other in names[: names.index(name)] if isinstance(recipe.stages[other].method, DSM)]
+    return before[-1] if before else None
 
 
 def check_same_teacher(name: str, out: Path, given: Given) -> None:

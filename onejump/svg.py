@@ -105,6 +105,8 @@ def line_chart(
 ) -> str:
     """One <svg> with a line for each series of (x, y), a legend above and round ticks; it scales with its width.
 
+    Where each x is an int, ticks are whole.
+
     Points that are None, infinite, or not positive on a log axis are left out, and so are series without any. A single
     point is drawn as a marker. `styles` names the look of some series; the others take the colours in turn.
     """
@@ -118,7 +120,9 @@ def line_chart(
         points = [p for line in lines.values() for p in line]
         x = fit([p[0] for p in points], LEFT + INSET, WIDTH - RIGHT - INSET, log_x)
         y = fit([p[1] for p in points if p[1] is not None], top + PLOT, top, log_y, outwards=True)
-        parts += _frame(x, y, top, x_label, y_label)
+        whole = all(isinstance(p[0], int) for p in points)
+        ticks = [value for value in x.ticks() if not whole or value == round(value)]
+        parts += _frame(x, ticks, y, top, x_label, y_label)
         parts += [part for name, line in lines.items() for part in _series(name, line, x, y, looks[name])]
     else:
         parts.append(f'<text x="{WIDTH / 2}" y="{top + PLOT / 2}" text-anchor="middle">no finite values</text>')
@@ -155,13 +159,13 @@ def _stroke(style: Style) -> str:
     return f'fill="none" stroke-width="2" stroke-opacity="{style.opacity:g}"{dash} style="stroke:{style.ink}"'
 
 
-def _frame(x: Axis, y: Axis, top: float, x_label: str, y_label: str) -> Iterable[str]:
+def _frame(x: Axis, ticks: Sequence[float], y: Axis, top: float, x_label: str, y_label: str) -> Iterable[str]:
     bottom = top + PLOT
     for value in y.ticks():
         at = y.at(value)
         yield f'<path d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}" stroke="currentColor" stroke-opacity=".14"/>'
         yield f'<text x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end" opacity=".75">{tick_text(value)}</text>'
-    for value in x.ticks():
+    for value in ticks:
         at = x.at(value)
         yield f'<path d="M{at:.1f} {bottom}v5" stroke="currentColor" stroke-opacity=".6"/>'
         yield f'<text x="{at:.1f}" y="{bottom + 19}" text-anchor="middle" opacity=".75">{tick_text(value)}</text>'

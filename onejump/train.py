@@ -9,7 +9,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,22 +153,43 @@ def restore(run: Run, saver: Saver, last_step: int) -> tuple[bool, tuple[str, ..
     return True, saved.warnings
 
 
-def check(stage: Stage, team: Team) -> None:
-    """Whether these processes can train this stage."""
+def check(stage: Stage, team: Team, name: str = "") -> None:
+    """Whether these processes can train this stage. name: the stage's, for messages. Raises UserError."""
     if team.world == 1:
         return
-    world, name = team.world, type(stage.method).__name__
+    world, kind, path = team.world, type(stage.method).__name__, f"{name}." if name else ""
     if team.sharded and isinstance(stage.method, WHOLE_ONLY):
-        raise UserError(f"--shard: {name} takes gradients within a pass, which weights in pieces cannot; leave it out")
-    if stage.batch % world:
-        raise UserError(f"batch: {stage.batch} images do not divide among {world} processes")
-    share = stage.batch // world
+        kind = f"{name}: {kind}" if name else kind
+        raise UserError(f"--shard: {kind} takes gradients within a pass, which weights in pieces cannot; leave it out")
+    if divides(stage, world):
+        return
+    share = -(-stage.batch // world)
     passes = -(-share // (stage.micro_batch or share))
-    if isinstance(stage.core, TCM) and (share % passes or not stage.keeps_shares(share // passes, stage.core.rho)):
-        raise UserError(
-            f"batch: {stage.batch} in {passes * world} passes would change the share of samples at t', "
-            f"method.rho={stage.core.rho:.15g}; give more images or fewer processes"
-        )
+    told = f"{path}batch: {stage.batch} images do not divide among {world} processes"
+    if stage.batch % world == 0 and isinstance(stage.core, TCM):
+        rho = f"{path}method.rho={stage.core.rho:.15g}"
+        told = f"{path}batch: {stage.batch} in {passes * world} passes would change the share of samples at t', {rho}"
+    first = max(stage.batch - stage.batch % world, world)
+    sizes = (*range(first, 0, -world), *range(first + world, first + 65 * world, world))  # the nearest first, each way
+    fitting = [size for size in sizes if divides(stage, world, size)]
+    below = [size for size in fitting if size < stage.batch][:1]
+    nearest = below + [size for size in fitting if size > stage.batch][:1]
+    raise UserError(f"{told}; give {' or '.join(map(str, nearest)) or 'fewer processes'}")
+
+
+def divides(stage: Stage, world: int, batch: int = 0) -> bool:
+    """Whether a batch (0: the stage's) falls into equal parts, which with TCM hold both kinds of samples as it does."""
+    batch = batch or stage.batch
+    share, left = divmod(batch, world)
+    if left or not isinstance(stage.core, TCM):
+        return not left
+    passes = -(-share // (stage.micro_batch or share))
+    if share % passes:
+        return False
+    try:
+        return replace(stage, batch=batch).keeps_shares(share // passes, stage.core.rho)
+    except UserError:  # no batch for this stage, whatever the processes
+        return False
 
 
 def samples_of(

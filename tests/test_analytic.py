@@ -279,9 +279,12 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path, small):
             load_table(path)
         assert str(path) in str(refused.value) and "\n" not in str(refused.value), what
     path.unlink()
-    for missing in (path, tmp_path):
-        with pytest.raises(UserError, match="(No such file|Is a directory).*; estimate it again"):
-            load_table(missing)
+    with pytest.raises(
+        UserError, match="table.json: no such table; make one with `onejump precond MODEL --out .*json`"
+    ):
+        load_table(path)
+    with pytest.raises(UserError, match="Is a directory.*; estimate it again"):
+        load_table(tmp_path)
 
 
 def test_a_table_that_cannot_be_written_is_an_error_of_one_line(tmp_path, small):

@@ -65,18 +65,32 @@ def test_evaluate_prints_a_table(out, tmp_path, capsys):
     for k, found in record(tmp_path / "numbers.json")["steps"].items():
         sure = found["confidence"]
         shares = [f"{share:.1%}" for share in (sure["mean"], sure["as_asked"], found["balance_distance"])]
-        low, high = map(number, found["frechet_interval"])
-        cells = [f"{found['frechet']:.3f}", f"{low}..{high}", number(found["kid"]), *shares]
+        low, high = found["frechet_interval"]
+        places = 3 if found["frechet"] < 10 else 2 if found["frechet"] < 100 else 1
+        cells = [
+            f"{found['frechet']:.{places}f}",
+            f"{low:.{places}f}..{high:.{places}f}",
+            number(found["kid"]),
+            *shares,
+        ]
         assert ["stage2", k, k, *cells] in rows
     assert ["stage", "steps", "calls", "Frechet", "95", "%", "KID", "sure", "asked", "balance"] in rows
     assert all(len(line) <= 80 for line in text.splitlines() if "tmp" not in line)
 
 
+FOUND = {"nfe": 2, "frechet": 1.5, "n": 10}
+REFERENCE = {"n": 9, "detector": "pixels-8x8", "real_half_frechet": 0.25}
+
+
 def test_the_table_has_no_columns_of_which_the_record_holds_nothing(capsys):
-    found = {"nfe": 2, "frechet": 1.5, "n": 10}
-    print_results({"n": 9, "detector": "pixels-8x8", "real_half_frechet": 0.25}, {"a": {"steps": {"2": found}}})
-    table = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
-    assert table == [
+    print_results(
+        REFERENCE, {"a": {"steps": {"2": {**FOUND, "frechet": 137.516, "frechet_interval": [137.4, 138.26]}}}}
+    )
+    assert ["a", "2", "2", "137.5", "137.4..138.3"] in [line.split() for line in capsys.readouterr().out.splitlines()]
+    print_results(REFERENCE, {"a": {"steps": {"2": FOUND}}})
+    title, *lines = capsys.readouterr().out.splitlines()[1:]
+    assert title == "Frechet distance (pixels-8x8, 10 samples against 9 real images)"
+    assert [line.split() for line in lines] == [
         ["stage", "steps", "calls", "Frechet"],
         ["a", "2", "2", "1.500"],
         ["real", "half", "-", "-", "0.250"],

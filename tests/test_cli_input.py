@@ -5,14 +5,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_run import TINY, said
 
+from onejump.cli import main
 from onejump.cli_input import Parser, out_of_memory
 from onejump.cli_training import within_memory
+from onejump.config import Stage
 from onejump.data.shards import refuse_glob
 from onejump.data.source import line
 from onejump.data.sources import open_source
 from onejump.distributed import Team
+from onejump.methods.ctm import CTM
+from onejump.methods.dsm import DSM
+from onejump.methods.tcm import TCM
+from onejump.precond import Euler
 from onejump.recipes import build_recipe
+from onejump.train import check
 from onejump.types import UserError
 
 
@@ -75,3 +83,32 @@ def test_more_processes_than_fit_a_batch_are_refused_before_memory_is_predicted(
     recipe = build_recipe("digits", None)
     with pytest.raises(UserError, match="batch: 128 images do not divide among 129 processes"):
         within_memory(Namespace(max_memory=None), recipe, ["stage1"], None, Team(world=129))
+
+
+@pytest.mark.parametrize(
+    ("stage", "team", "told"),
+    [
+        (Stage(DSM(), 1, batch=127), Team(world=2), r"stage1\.batch: 127 images .* 2 processes; give 126 or 128"),
+        (Stage(DSM(), 1, batch=2), Team(world=3), r"stage1\.batch: 2 images .* 3 processes; give 3$"),
+        (Stage(TCM(), 1, batch=12), Team(world=2), r"stage1\.batch: 12 in 2 .*1\.method.rho=0.25; give 10 or 16"),
+        (Stage(CTM(), 1, jump=Euler(), second_time="zero"), Team(world=2, shard=2), "--shard: stage1: CTM takes"),
+    ],
+)
+def test_what_processes_cannot_train_names_the_stage_and_the_way_out(stage, team, told):
+    with pytest.raises(UserError, match=told):
+        check(stage, team, "stage1")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ["network=SongUNetConfig(model_channels=8,num_blocks=1,attn_resolutions=(16,))"],
+            "are 1x8x8; give network.img_channels=1 network.img_resolution=8 network.attn_resolutions=4",
+        ),
+        (["network=MLPConfig(width=16,depth=1)"], "are 1x8x8; give network.shape=1,8,8"),
+    ],
+)
+def test_a_network_of_other_images_is_refused_before_anything_is_printed(capsys, words, told):
+    assert told in said(capsys, ["run", "digits", *words, "--dry-run"], 2)
+    assert main(["run", "digits", *words, *TINY[1:], *told.split("give ")[1].split(), "--dry-run"]) == 0

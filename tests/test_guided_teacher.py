@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_run import NETWORK, record, said
+from tiny_run import NETWORK, pictures, record, said
 from training_setup import run, stage_of, student
 
 from onejump.analytic import estimate
 from onejump.analytic_table import Estimator, load_table
 from onejump.cli import main
+from onejump.cli_training import with_guidance
 from onejump.config_json import from_json
 from onejump.data.augment import Seeded
 from onejump.data.digits import digits
@@ -19,8 +20,10 @@ from onejump.guidance import NO_LABEL, drop_labels, guided, guided_sha256
 from onejump.judge import Judge, detector_for
 from onejump.methods.base import Nets
 from onejump.methods.dsm import DSM
+from onejump.overrides import apply_overrides
+from onejump.recipes import build_recipe
 from onejump.saved import load_model, model_sha256
-from onejump.start import Given, check_same_teacher, guide_of_stage
+from onejump.start import Given, check_same_teacher, doubts, guide_of_stage
 from onejump.teacher import load_teacher
 from onejump.types import UserError
 
@@ -103,7 +106,7 @@ def test_without_labels_a_guided_model_has_nothing_to_compare():
         guided(student(dropout=0.0), 2.0).denoise(torch.zeros(2, 1, 4, 4), torch.ones(2))
 
 
-def test_evaluate_judges_the_guided_model(out, tmp_path):
+def test_evaluate_judges_the_guided_model(out, tmp_path, capsys):
     """As it judges the same one made by hand; with guidance 1 the model itself; each is a record of its own."""
     saved = load_model(out / "teacher")
     judge = Judge(digits(), detector_for(digits()))
@@ -118,6 +121,11 @@ def test_evaluate_judges_the_guided_model(out, tmp_path):
     sha = model_sha256(out / "teacher")
     assert found[3]["guidance"] == {"scale": 3, "guide": None} and "guidance" not in found[1]
     assert [found[scale]["model_sha256"] for scale in (1, 3)] == [sha, guided_sha256(sha, 3.0)]
+    assert capsys.readouterr().out.count("\nteacher: guidance 3, which doubles the network calls\n") == 1
+    line = said(capsys, ["compare", f"{out / 'teacher'}={tmp_path / '3.json'}", out / "teacher"], 2)
+    assert f"{out / 'teacher'} was judged with guidance 3, which is not compared" in line
+    assert main(["sample", str(out / "teacher"), "--n", "1", "--guidance", "3", "--out", str(tmp_path / "x.png")]) == 0
+    assert "18 Heun steps with guidance (70 network calls)" in capsys.readouterr().out
 
 
 def test_precond_makes_the_table_that_a_run_with_this_guidance_takes(out, tmp_path):
@@ -138,3 +146,23 @@ def test_what_cannot_be_guided_is_one_line(out, capsys):
         line = said(capsys, [command, out / "teacher", "--guide", out / "teacher"], 2)
         assert "--guide" in line and "nothing is guided at scale 1; give --guidance too" in line
     assert "--guidance is for a model" in said(capsys, ["evaluate", "--images", "digits", "--guidance", "2"], 2)
+
+
+@pytest.mark.parametrize("how", [["--guidance", "2"], ["cd.guidance=2"], ["--guidance", "2", "--dry-run"]])
+def test_guidance_of_a_teacher_without_classes_is_refused_before_it_is_trained(tmp_path, capsys, how):
+    data, run_ = pictures(tmp_path / "photos", 10, 16), tmp_path / "run"
+    words = ["run", "digits-cd", "--data", data, "--out", run_, *how]
+    told = "cd.guidance: 2, but the teacher knows no classes to guide by; leave guidance at 1, or give --guide MODEL"
+    assert told in said(capsys, words, 2) and not run_.exists()
+
+
+def test_a_teacher_that_will_not_know_what_no_label_is_is_warned_of(out, tmp_path):
+    """Where it is trained in this very run, and guided by its labels."""
+    recipe = with_guidance(build_recipe("digits-cd", digits()), 2.0)
+    (told,) = doubts(recipe, ["teacher", "cd"], tmp_path, Given())
+    assert told.startswith("teacher.label_dropout=0: ") and told.endswith("; give teacher.label_dropout=0.1")
+    for given in (Given(teacher="published"), Given(guide="smaller")):
+        assert not doubts(recipe, ["teacher", "cd"], tmp_path, given)
+    assert not doubts(apply_overrides(recipe, ["teacher.label_dropout=0.1"]), ["teacher", "cd"], tmp_path, Given())
+    assert not doubts(build_recipe("digits-cd", digits()), ["teacher", "cd"], tmp_path, Given())
+    assert not doubts(recipe, ["cd"], tmp_path, Given()) and not doubts(recipe, ["teacher", "cd"], out, Given())

@@ -5,10 +5,12 @@ import math
 from dataclasses import replace
 
 import pytest
+from tiny_run import TINY
 
+from onejump.cli import main
 from onejump.config import Recipe, Stage
 from onejump.config_json import from_json, to_json
-from onejump.hand_over import Judged, Plateau, at_end, best_of, check_rule, decide, in_words
+from onejump.hand_over import Judged, Plateau, at_end, best_of, check_rule, decide, in_words, undecided
 from onejump.methods.dsm import DSM
 from onejump.methods.ect import ECT
 from onejump.methods.tcm import TCM
@@ -144,3 +146,17 @@ def test_recipes_check_the_rule_and_the_labels_that_are_left_out():
     with pytest.raises(UserError, match="teacher.label_dropout: the network knows no classes"):
         teacher = Stage(DSM(), steps=9, sampler=ODE(), label_dropout=0.1)
         Recipe("r", replace(network, label_dim=0), {"teacher": teacher})
+
+
+def test_a_rule_that_can_never_decide_is_told_of():
+    rule = Plateau(patience=2)
+    assert undecided("stage1", rule, 100, 0, 300) is None and undecided("stage1", rule, 100, 250, 250) is None
+    told = undecided("stage1", rule, 100, 0, 299)
+    assert told.startswith("stage1.until: it decides from 3 evaluations on, and 299 steps have 2")
+    assert told.endswith("give evaluate_every=49, or a smaller stage1.until.patience")
+    assert "give a smaller stage1.until.patience" in undecided("stage1", rule, 1, 0, 2)
+
+
+def test_a_run_says_so_at_its_start(tmp_path, capsys):
+    assert main(["run", "digits", *TINY, "stage1.until=Plateau", "--out", str(tmp_path), "--dry-run"]) == 0
+    assert "stage1.until: it decides from 6 evaluations on, and 6 steps have 1" in capsys.readouterr().err

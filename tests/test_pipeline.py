@@ -159,7 +159,7 @@ def test_a_run_takes_folders_and_zips_of_images_of_any_size(tmp_path, capsys, ki
     assert about["class_names"] == (["class0", "class1"] if kind == "classes" else [])
     assert record(out / "evaluation.json")["detector"] == "pixels-8x8"
     assert load_model(out).class_names == tuple(about["class_names"])
-    assert "Frechet distance (pixels-8x8, 20 real images)" in capsys.readouterr().out
+    assert "Frechet distance (pixels-8x8, 40 samples against 20 real images)" in capsys.readouterr().out
 
 
 def test_the_recipes_own_u_net_runs_on_16x16_colour_images(tmp_path):

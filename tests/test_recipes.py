@@ -203,7 +203,7 @@ def test_published_recipes_have_the_numbers_of_the_papers_table_3(name):
 
 def test_published_recipes_refuse_other_images():
     for name in FIXED:
-        with pytest.raises(UserError, match="images are 1x8x8: this recipe is for 3x.*; give --size"):
+        with pytest.raises(UserError, match="images are 1x8x8: this recipe is for 3x.*; give other --data"):
             build_recipe(name, images(1, 8, 8, 10))
     with pytest.raises(UserError, match="images have 0 classes: this recipe is for 10"):
         build_recipe("ctm-cifar10-cond", images(3, 32, 32, 0))

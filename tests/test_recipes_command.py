@@ -3,9 +3,12 @@
 import argparse
 
 import pytest
+import torch
 
 from onejump import cli_recipes
-from onejump.recipes import NAMES
+from onejump.data.digits import digits
+from onejump.data.image_set import ImageSet
+from onejump.recipes import NAMES, build_recipe
 from onejump.recipes.table import fid_text, records, results_table, thousands
 from onejump.types import UserError
 
@@ -74,3 +77,12 @@ def test_mistakes_are_refused(capsys):
         shown(capsys, "tcm-cifar")
     with pytest.raises(UserError, match="--markdown: is of all recipes"):
         shown(capsys, "tcm-cifar10", "--markdown")
+
+
+def test_images_that_do_not_fit_get_a_way_out_that_works():
+    with pytest.raises(UserError, match="; give --data IMAGES .`onejump recipes tcm-cifar10` shows how"):
+        build_recipe("tcm-cifar10", digits())
+    for channels, way_out in ((3, "give --size 32, or other --data"), (1, "give other --data")):
+        photos = ImageSet("photos", torch.zeros(2, channels, 16, 16, dtype=torch.uint8))
+        with pytest.raises(UserError, match=f"this recipe is for 3x32x32; {way_out}$"):
+            build_recipe("tcm-cifar10", photos)

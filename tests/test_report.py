@@ -186,11 +186,12 @@ def test_report_is_the_same_when_made_twice(whole_run):
     assert write_report(whole_run).read_bytes() == first
 
 
-def test_unlabelled_run_shows_dashes_for_what_a_classifier_would_say(whole_run):
+def test_unlabelled_run_has_no_columns_for_what_a_classifier_would_say(whole_run):
     write_evaluation(whole_run, labelled=False)
     page = Page(write_report(whole_run))
     row = next(row for row in page.rows if row[:2] == ["stage2", "1"])
-    assert row[5:8] == [DASH] * 3
+    assert row[2:] == ["1", "3.46", "0.00123", "0.314", "0.250"]
+    assert not any(name in page.text for name in ("Confidence", "As asked", "Imbalance"))
     assert "classifier reads" not in re.search('<p class="verdict">(.*?)</p>', page.source)[1]
 
 

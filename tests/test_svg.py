@@ -78,3 +78,11 @@ def test_axis_ends_at_round_values_around_the_data(values, log, ends):
 
 def test_tick_labels_are_short():
     assert [tick_text(v) for v in (0, 0.02, 1e-5, 2500, 25_000, 1.5e6)] == ["0", "0.02", "1e-5", "2500", "25k", "1.5M"]
+
+
+def test_an_axis_of_whole_numbers_has_whole_ticks():
+    for x, whole in (((2, 4), True), ((2.0, 4.0), False)):
+        found = re.findall(
+            r'text-anchor="middle" opacity="[^"]*">([^<]*)<', line_chart({"a": [(k, 1.0) for k in x]}, *"txy")
+        )
+        assert ("2.5" not in found) is whole and {"2", "3", "4"} <= set(found)

@@ -79,7 +79,8 @@ class TextSet:
         """Raises UserError if the text encoder is gone, or another one than when the captions were prepared."""
         key = str(device)
         if key not in self._encoders:  # looked at once, and not at every step
-            check_encoder(self.path, self.folder, self.parts["text_sha256"])
+            way_out = "name the folder anew: onejump data prepare SHARDS OUT --vae FOLDER"
+            check_encoder(self.path, self.folder, self.parts["text_sha256"], way_out)
             self._encoders[key] = text_encoder(self.folder, torch.device(device))
         return self._encoders[key]
 
@@ -157,10 +158,12 @@ def latent(path: Path, starts: tuple[int, ...], shape: tuple[int, ...], k: int) 
     return found
 
 
-def check_encoder(what: Path | str, folder: Path, wanted: str) -> None:
-    """Raises UserError unless the folder is there and holds the text encoder with this checksum."""
+def check_encoder(what: Path | str, folder: Path, wanted: str, way_out: str) -> None:
+    """Raises UserError unless the folder is there and holds the text encoder with this checksum.
+
+    what: made with it. way_out: what else can be done than to bring the folder back.
+    """
     if not folder.is_dir():
-        way_out = "bring it back, or name the folder anew: onejump data prepare SHARDS OUT --vae FOLDER"
-        raise UserError(f"{what}: its Stable Diffusion, {folder}, is gone; {way_out}")
+        raise UserError(f"{what}: its Stable Diffusion, {folder}, is gone; bring it back, or {way_out}")
     if text_sha256(folder) != wanted:
         raise UserError(f"{what}: the text encoder in {folder} is another than it was made with; bring that one back")

@@ -14,8 +14,7 @@ from onejump.types import UserError
 
 INCEPTION_TAPS = ("2048", "768", "192", "64")
 NAMES = (*(f"inception-{tap}" for tap in INCEPTION_TAPS), "resnet56", "dinov2", "clip", "digits", "pixels")
-MISSING_INCEPTION = f"fetch {inception_weights.PYTORCH_FID}; or {inception_weights.STYLEGAN}; and put it there"
-MISSING_RESNET56 = f"fetch {resnet56.PUBLISHED}, and put it there"
+INCEPTION = f"{inception_weights.PYTORCH_FID}; {inception_weights.STYLEGAN.name} will do as well"
 
 
 def detector_named(name: str, weights: Path | None = None, device: torch.device | str = "cpu") -> Detector:
@@ -37,22 +36,20 @@ def detector_named(name: str, weights: Path | None = None, device: torch.device 
 def _read(name: str, weights: Path | None, device: torch.device | str) -> Detector:
     detector: InceptionDetector | ResNet56Detector | DINOv2Detector | CLIPDetector
     if name == "resnet56":
-        detector = ResNet56Detector(find(name, weights, (resnet56.PUBLISHED.name,), MISSING_RESNET56), device)
+        detector = ResNet56Detector(find(name, weights, (resnet56.PUBLISHED.name,), str(resnet56.PUBLISHED)), device)
     elif name == "dinov2":
-        detector = DINOv2Detector(
-            _folder(name, weights, (foundation.DINOV2_FOLDER,), foundation.MISSING_DINOV2), device
-        )
+        detector = DINOv2Detector(_folder(name, weights, (foundation.DINOV2_FOLDER,), foundation.DINOV2), device)
     elif name == "clip":
-        detector = CLIPDetector(_folder(name, weights, foundation.CLIP_FOLDERS, foundation.MISSING_CLIP), device)
+        detector = CLIPDetector(_folder(name, weights, foundation.CLIP_FOLDERS, foundation.CLIP), device)
     else:
-        path = find(name, weights, inception_weights.FILE_NAMES, MISSING_INCEPTION)
+        path = find(name, weights, inception_weights.FILE_NAMES, INCEPTION)
         detector = InceptionDetector(path, name.removeprefix("inception-"), device)
     detector.check()
     return detector
 
 
-def _folder(name: str, given: Path | None, names: tuple[str, ...], missing: str) -> Path:
+def _folder(name: str, given: Path | None, names: tuple[str, ...], about: str) -> Path:
     """`given` itself if it holds a model, else as `find`."""
     if given and (given / "config.json").is_file():
         return given
-    return find(name, given, names, missing)
+    return find(name, given, names, about, "FOLDER")

@@ -21,23 +21,23 @@ DINOV2_SHA256 = "399fba97a95f22c36834418bc69373364a99af3a1153da1c0fb31db567c92e2
 DINOV2_FOLDER, CLIP_FOLDERS = "dinov2-large", ("clip-vit-base-patch32", "clip-vit-large-patch14")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-MISSING_DINOV2 = (
-    f"put a folder {DINOV2_FOLDER} with config.json and model.safetensors (1.22 GB, sha256 {DINOV2_SHA256}) there, "
+DINOV2 = (
+    f"a folder {DINOV2_FOLDER} with config.json and model.safetensors (1.22 GB, sha256 {DINOV2_SHA256}), "
     "usually found at https://huggingface.co/facebook/dinov2-large"
 )
-MISSING_CLIP = (
-    f"put a folder {CLIP_FOLDERS[0]} (605 MB) or {CLIP_FOLDERS[1]} (1.71 GB) with config.json, model.safetensors, "
-    "vocab.json, merges.txt and tokenizer_config.json there, usually found at "
+CLIP = (
+    f"a folder {CLIP_FOLDERS[0]} (605 MB) or {CLIP_FOLDERS[1]} (1.71 GB) with config.json, model.safetensors, "
+    "vocab.json, merges.txt and tokenizer_config.json, usually found at "
     f"https://huggingface.co/openai/{CLIP_FOLDERS[0]}"
 )
 
 
-def _check(folder: Path, missing: str) -> None:
+def _check(folder: Path, wanted: str) -> None:
     if not find_spec("transformers"):
         raise UserError("DINOv2 and CLIP are read by transformers: pip install 'onejump[foundation]'")
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise UserError(f"{folder} has no {name}; {missing}")
+            raise UserError(f"{folder} has no {name}; give {wanted}")
 
 
 def _content(folder: Path) -> str:
@@ -137,7 +137,7 @@ class DINOv2Detector:
 
     def check(self) -> Any:
         """Reads the weights, or raises UserError."""
-        _check(self.folder, MISSING_DINOV2)
+        _check(self.folder, DINOV2)
         return _dinov2(self.folder.absolute(), _content(self.folder), self.side, torch.device(self.device))
 
 
@@ -203,7 +203,7 @@ class CLIPDetector:
 
     def check(self) -> Any:
         """Reads the weights, or raises UserError."""
-        _check(self.folder, MISSING_CLIP)
+        _check(self.folder, CLIP)
         return _clip(self.folder.absolute(), _content(self.folder), torch.device(self.device))
 
 
@@ -214,4 +214,4 @@ def _tokenizer(folder: Path) -> Any:
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # as above
-        raise UserError(f"{folder}: its tokenizer cannot be read; {MISSING_CLIP}") from error
+        raise UserError(f"{folder}: its tokenizer cannot be read; give {CLIP}") from error

@@ -39,10 +39,10 @@ def detector_folder() -> Path:
     return Path(os.environ.get(FOLDER_VARIABLE) or CACHE).expanduser()
 
 
-def find(detector: str, given: Path | None, names: tuple[str, ...], missing: str) -> Path:
+def find(detector: str, given: Path | None, names: tuple[str, ...], about: str, kind: str = "FILE") -> Path:
     """The file or folder `given`, or what has one of the names in it or in the detectors' folder.
 
-    Raises UserError if there is none: `missing` says what to fetch, and from where.
+    Raises UserError if there is none: `about` describes the first of the names, and says where it is found.
     """
     place = (given or detector_folder()).expanduser()
     if given and (place.is_file() or place.name in names and place.exists()):
@@ -50,9 +50,11 @@ def find(detector: str, given: Path | None, names: tuple[str, ...], missing: str
     for name in names:
         if (place / name).exists():
             return place / name
-    where = f"{place} does not exist" if given and not place.exists() else f"not in {place}"
-    other = "" if given else f" (set {FOLDER_VARIABLE} for another folder)"
-    raise UserError(f"no weights for detector {detector}: {where}{other}: {missing}")
+    gone = given and not place.exists()
+    fault = f"{given} does not exist" if gone else f"no weights for detector {detector}: not in {place}"
+    folder = detector_folder() if gone else place
+    ways_out = f"give --weights {kind}, or put {names[0]} into {folder}"
+    raise UserError(f"{fault}; {ways_out}; where to get it: docs/detectors.md, that is {about}")
 
 
 def sha256_of(path: Path) -> str:

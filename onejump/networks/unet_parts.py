@@ -79,7 +79,8 @@ def check_images(x: Maps, img_channels: int, img_resolution: int) -> None:
     if x.shape[1:] != (img_channels, img_resolution, img_resolution):
         raise UserError(
             f"images of shape {tuple(x.shape[1:])}: this network has img_channels={img_channels}, "
-            f"img_resolution={img_resolution}"
+            f"img_resolution={img_resolution}; give images of {img_channels}x{img_resolution}x{img_resolution}, or "
+            "another network"
         )
 
 

@@ -7,6 +7,9 @@ from typing import Any
 
 from onejump.config import Evaluation, Network, Recipe, Stage
 from onejump.cost import shape_of
+from onejump.data.digits import digits
+from onejump.data.latents import LatentSet
+from onejump.data.text_set import TextSet
 from onejump.data.training_set import TrainingSet
 from onejump.types import UserError
 
@@ -69,8 +72,12 @@ def _checked(recipe: Recipe, data: TrainingSet | None) -> Recipe:
     network, found = recipe.network, "x".join(map(str, data.shape))
     wanted = shape_of(network)
     if data.shape != wanted:
-        size = "x".join(map(str, wanted))
-        raise UserError(f"images are {found}: this recipe is for {size}; give --size {wanted[-1]}, or other --data")
+        size, way_out = "x".join(map(str, wanted)), "give other --data"
+        if data is digits():  # as without --data
+            way_out = f"give --data IMAGES (`onejump recipes {recipe.name}` shows how to make them)"
+        elif data.shape[0] == wanted[0] and not isinstance(data, LatentSet | TextSet):
+            way_out = f"give --size {wanted[-1]}, or other --data"
+        raise UserError(f"images are {found}: this recipe is for {size}; {way_out}")
     if network.label_dim not in (0, data.classes):
         raise UserError(
             f"images have {data.classes} classes: this recipe is for {network.label_dim}; give other --data"

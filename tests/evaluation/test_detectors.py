@@ -101,9 +101,10 @@ def test_a_missing_detector_says_what_to_fetch_and_from_where(tmp_path, monkeypa
         with pytest.raises(UserError) as error:
             detector_named(name)
         text = str(error.value)
-        assert text.startswith(f"no weights for detector {name}: not in {tmp_path} (set ONEJUMP_DETECTORS")
+        assert text.startswith(f"no weights for detector {name}: not in {tmp_path}; give --weights F")
         assert all(part in text for part in parts) and "\n" not in text
-    with pytest.raises(UserError, match="gone.pth does not exist: fetch pt_inception"):
+    ways_out = f"gone.pth does not exist; give --weights FILE, or put pt_inception-.*pth into {tmp_path}; where"
+    with pytest.raises(UserError, match=f"^{tmp_path}/{ways_out} to get it: docs/detectors.md"):
         detector_named("inception-64", tmp_path / "gone.pth")
 
 
@@ -129,7 +130,7 @@ def test_foundation_detectors_need_the_library_and_every_file(tmp_path, monkeypa
     with pytest.raises(UserError, match="pip install 'onejump.foundation.'"):
         detector_named("dinov2", tmp_path)
     monkeypatch.setattr(foundation, "find_spec", lambda name: name)
-    with pytest.raises(UserError, match="has no model.safetensors; put a folder clip-vit-base-patch32"):
+    with pytest.raises(UserError, match="has no model.safetensors; give a folder clip-vit-base-patch32"):
         detector_named("clip", tmp_path)
 
 

@@ -1,6 +1,7 @@
 """Shards -> latents -> stage 1 -> stage 2 -> samples -> evaluation, by the commands, on a tiny Stable Diffusion."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from onejump.cli import main
 from onejump.data.open import open_training_set
 from onejump.importers.stable_diffusion import open_model
 from onejump.recipes.text import at_levels, tcm_sd15
-from onejump.saved import load_model
+from onejump.saved import load_model, save_model
 from onejump.teacher import load_teacher
 
 SMALL = ["log_every=1", "save_every=1", "sample_every=0", "evaluate_every=0", "stage1.batch=4", "stage1.micro_batch=0"]
@@ -99,7 +100,7 @@ def test_prompts_become_images(folder):
     go("sample", folder / "run", "--prompt", "a dog", "--out", folder / "x.png")
 
 
-def test_evaluation_gives_frechet_distance_and_clip_score(folder):
+def test_evaluation_gives_frechet_distance_and_clip_score(folder, capsys):
     (folder / "coco.txt").write_text("".join(f"number {k}\n" for k in range(20)))
     common = ["evaluate", folder / "run", "--prompts", folder / "coco.txt", "--data", folder / "real.zip"]
     go(*common, "--clip", folder / "clip", "--out", folder / "found.json")
@@ -107,10 +108,21 @@ def test_evaluation_gives_frechet_distance_and_clip_score(folder):
     assert set(found["steps"]) == {"1", "2"}
     for numbers in found["steps"].values():
         assert numbers["n"] == 20 and numbers["frechet"] > 0 and 0 <= numbers["clip_score"] <= 100
+    told = capsys.readouterr()
+    assert f"--prompts {folder / 'coco.txt'} holds 20, so 20 of 2000 images\n" in told.err
+    assert "20 samples against 24 real images)" in told.out
     go(*common, "--steps", "1", "--n", "12", "--processes", "2", "--out", folder / "two.json")
     go(*common, "--steps", "1", "--n", "12", "--out", folder / "one.json")
     one, two = (record(folder / name)["steps"]["1"]["frechet"] for name in ("one.json", "two.json"))
     assert one == two
+
+
+def test_the_report_shows_samples_and_how_to_judge_them(folder):
+    go("report", folder / "run")
+    page = (folder / "run" / "report.html").read_text()
+    assert page.count("<figure><img") == 2 and "stage1, step 2" in page and "stage2, step 4" in page
+    assert f"judged by <code>onejump evaluate {folder / 'run'} --prompts FILE --data IMAGES</code>" in page
+    assert "The run goes on" not in page and "valuated yet" not in page
 
 
 def test_models_of_text_are_compared_by_the_same_prompts(folder, capsys):
@@ -140,6 +152,15 @@ def test_distillation_with_lora_in_half_precision(folder):
     go("sample", folder / "cd", "--prompt", "a dog", "--steps", "2", "--out", folder / "cd.png")
 
 
+def test_a_moved_stable_diffusion_is_named_anew(folder, tmp_path, capsys):
+    saved = load_model(folder / "run")
+    parts = saved.provenance["text_to_image"] | {"stable_diffusion": str(tmp_path / "moved")}
+    save_model(tmp_path / "m", replace(saved, provenance=saved.provenance | {"text_to_image": parts}))
+    line = said(capsys, ["sample", tmp_path / "m", "--prompt", "a dog"], 2)
+    assert f"{tmp_path / 'm'}: its Stable Diffusion, {tmp_path / 'moved'}, is gone" in line
+    assert "--stable-diffusion FOLDER" in line and "prepare" not in line
+
+
 def test_a_model_is_one_file_that_samples_the_same(folder):
     go("export", folder / "run", folder / "model.safetensors")
     for model, out in ((folder / "run", "a.npz"), (folder / "model.safetensors", "b.npz")):
@@ -157,13 +178,13 @@ def test_mistakes_are_one_line(folder, capsys, tmp_path):
         (["sample", run, "--prompts", tmp_path / "empty.txt"], "no prompts in it"),
         (["sample", run, "--prompt", "a", "--prompts", tmp_path / "empty.txt"], "give one of them"),
         (["sample", run, "--prompt", "a", "--stable-diffusion", tmp_path], "another than it was made with"),
-        (["evaluate", run, "--data", folder / "real.zip"], "say what it shall make"),
+        (["evaluate", run, "--data", folder / "real.zip"], "say what it shall make, with --prompts FILE"),
         (["export", run, folder / "x.onnx"], "a text-to-image model is exported as one file"),
         (["import", tiny_folder(), folder / "y"], "Stable Diffusion needs no import"),
         (["train", "tcm-sd15", "--stage", "stage1", "--teacher", tiny_folder()], "reads text, digits is another kind"),
         (
             ["train", "digits", "--stage", "teacher", "--data", folder / "latents"],
-            "reads no text, latents is another kind",
+            "reads no text, and latents holds latents with captions; they are for tcm-sd15 and cd-sd15",
         ),
     ):
         assert told in said(capsys, words, 2), words

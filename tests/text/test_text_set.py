@@ -139,7 +139,9 @@ def test_a_damaged_or_moved_set_says_so(latents, tmp_path):
         open_training_set(copy).pick(torch.tensor([29]))
     about = json.loads((latents / "text.json").read_text())
     (copy / "text.json").write_text(json.dumps(about | {"stable_diffusion": str(tmp_path / "gone")}))
-    with pytest.raises(UserError, match="its Stable Diffusion, .*gone, is gone"):
+    with pytest.raises(
+        UserError, match="its Stable Diffusion, .*gone, is gone; bring it back, or name the folder anew"
+    ):
         open_training_set(copy).encoder("cpu")
     other = changed_folder(tmp_path, "text_encoder/config.json", layer_norm_eps=0.1)
     (copy / "text.json").write_text(json.dumps(about | {"stable_diffusion": str(other)}))
