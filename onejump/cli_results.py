@@ -59,9 +59,8 @@ def judged(stages: dict[str, Any]) -> str:
 def row_of(name: str, steps: str, found: dict[str, Any]) -> dict[str, str]:
     """Cells by their title, "" for what is not there."""
     low, high = found.get("frechet_interval") or (None, None)
-    places = (
-        3 if found["frechet"] < 10 else 2 if found["frechet"] < 100 else 1
-    )  # the same in all, so that it lies within
+    # As many places in the interval, so that it holds the value as printed.
+    places = 3 if found["frechet"] < 10 else 2 if found["frechet"] < 100 else 1
     sure = found.get("confidence", {})
     shares = {"sure": sure.get("mean"), "as asked": sure.get("as_asked"), "off balance": found.get("balance_distance")}
     return {
