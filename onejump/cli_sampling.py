@@ -154,7 +154,7 @@ def what_was_done(sampler: "Sampler", steps: int, model: "ConsistencyModel | Non
     from onejump.samplers import ODE, Jumps, Trajectory
 
     if isinstance(sampler, ODE):
-        passes = 1 if model is None else getattr(model.net, "passes", 1)
+        passes = model.passes if model else 1
         how = f"{sampler.solver.__name__.capitalize()} steps{' with guidance' if passes > 1 else ''}"
         return f"{steps} {how} ({sampler.calls(steps) * passes} network calls)"
     times = sampler.times(steps)

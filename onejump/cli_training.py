@@ -12,9 +12,11 @@ from onejump.cli_input import check_name, images_of
 from onejump.recipes import LISTED, SCALES
 
 if TYPE_CHECKING:
-    from onejump.config import Network, Recipe
+    from onejump.config import Recipe
     from onejump.data.training_set import TrainingSet
     from onejump.distributed import Team
+    from onejump.judge import Judge
+    from onejump.memory import Setup
     from onejump.start import Given
 
 Work = Callable[[], None]
@@ -129,7 +131,7 @@ def within_memory(
     from onejump.types import UserError
 
     limit = bytes_in("--max-memory", args.max_memory)
-    about = (images_for(recipe.network, data), team.device, limit, *spread_of(args, team))
+    about = (images_for(recipe.network, data), team.device, limit, setup_of(args, team))
     for name in names:
         size, problem, stage = 0, None, recipe.stages[name]
         if team.first:  # what a process holds already differs a little; what all do must not
@@ -180,19 +182,25 @@ def command_of(args: argparse.Namespace, out: Path) -> str:
     return shlex.join(["onejump", name, args.recipe, *args.overrides, *options])
 
 
+def opened(args: argparse.Namespace) -> "tuple[Team, Path, TrainingSet, Recipe, Judge]":
+    """Of a run: its processes, folder, images, recipe, and what judges its models."""
+    from onejump.distributed import in_turn
+
+    check_name(args.recipe)
+    team, out = cli_team.team_of(args.device, args.shard), args.out or default_out(args)
+    detector = cli_judge.detector_of(args, out, team.device)  # what it lacks is told at once
+    data = in_turn(team, lambda: images_for_recipe(args))
+    return team, out, data, recipe_of(args, data), cli_judge.judge_of(args, data, detector, team)
+
+
 def run_command(args: argparse.Namespace) -> Work:
     from onejump.cli_results import print_results
-    from onejump.distributed import in_turn
     from onejump.fit import check_chain
     from onejump.pipeline import check_teachers, run
     from onejump.run_record import about_detector, check_detector, check_run, open_run, read_json
     from onejump.start import Given
 
-    check_name(args.recipe)
-    team, out = cli_team.team_of(args.device, args.shard), args.out or default_out(args)
-    detector = cli_judge.detector_of(args, out, team.device)  # what it lacks is told at once
-    data, device = in_turn(team, lambda: images_for_recipe(args)), team.device
-    recipe, judge = recipe_of(args, data), cli_judge.judge_of(args, data, detector, team)
+    team, out, data, recipe, judge = opened(args)
     given = Given(teacher=args.teacher, guide=args.guide)
     check_chain(recipe)
     forewarn(recipe, list(recipe.stages), out, given, team)
@@ -201,12 +209,12 @@ def run_command(args: argparse.Namespace) -> Work:
         return lambda: dry_run(args, recipe, list(recipe.stages), data, team)
     check_run(recipe, data, out)
     check_detector(judge, out)
-    check_teachers(recipe, list(recipe.stages), data, out, device, given)
+    check_teachers(recipe, list(recipe.stages), data, out, team.device, given)
     about = command_of(args, out), about_detector(judge, args.detector, args.weights)
 
     def work() -> None:
-        with cli_team.alone_together(out, team, lambda: open_run(recipe, data, out, device, *about)):
-            report = run(recipe, data, out, device, given, args.tensorboard, team, judge)
+        with cli_team.alone_together(out, team, lambda: open_run(recipe, data, out, team.device, *about)):
+            report = run(recipe, data, out, team.device, given, args.tensorboard, team, judge)
         if team.first:
             if (out / "evaluation.json").exists():  # latents are not judged
                 evaluation = read_json(out / "evaluation.json")
@@ -219,17 +227,12 @@ def run_command(args: argparse.Namespace) -> Work:
 
 def train_command(args: argparse.Namespace) -> Work:
     from onejump.config_json import did_you_mean
-    from onejump.distributed import in_turn
     from onejump.pipeline import check_teachers, train_stage
     from onejump.run_record import about_detector, check_detector, check_run, open_run
     from onejump.start import Given, start_of, starting_model
     from onejump.types import UserError
 
-    check_name(args.recipe)
-    team, out = cli_team.team_of(args.device, args.shard), args.out or default_out(args)
-    detector = cli_judge.detector_of(args, out, team.device)  # what it lacks is told at once
-    data, device = in_turn(team, lambda: images_for_recipe(args)), team.device
-    recipe, judge = recipe_of(args, data), cli_judge.judge_of(args, data, detector, team)
+    team, out, data, recipe, judge = opened(args)
     names = list(recipe.stages)
     stage = args.stage or (names[0] if len(names) == 1 else None)
     if stage not in names:
@@ -242,23 +245,23 @@ def train_command(args: argparse.Namespace) -> Work:
         return lambda: dry_run(args, recipe, [stage], data, team)
     check_run(recipe, data, out)
     check_detector(judge, out)
-    check_teachers(recipe, [stage], data, out, device, given)
+    check_teachers(recipe, [stage], data, out, team.device, given)
     starting_model(recipe, stage, start_of(recipe, stage, out, given))
     about = command_of(args, out), about_detector(judge, args.detector, args.weights)
 
     def work() -> None:
-        with cli_team.alone_together(out, team, lambda: open_run(recipe, data, out, device, *about)):
-            train_stage(recipe, stage, judge, out, device, given, args.tensorboard, team)
+        with cli_team.alone_together(out, team, lambda: open_run(recipe, data, out, team.device, *about)):
+            train_stage(recipe, stage, judge, out, team.device, given, args.tensorboard, team)
         team.leave()
 
     return work
 
 
-def spread_of(args: argparse.Namespace, team: "Team") -> "tuple[int, int, Network | None]":
-    """(processes, those that share a copy of the weights, the network of --guide), which memory depends on."""
+def setup_of(args: argparse.Namespace, team: "Team") -> "Setup":
     from onejump.importers.stable_diffusion import open_model
+    from onejump.memory import Setup
 
-    return team.world, team.shard, None if args.guide is None else open_model(args.guide).network
+    return Setup(team.world, team.shard, None if args.guide is None else open_model(args.guide).network)
 
 
 def dry_run(args: argparse.Namespace, recipe: "Recipe", names: list[str], data: "TrainingSet", team: "Team") -> None:
@@ -271,7 +274,7 @@ def dry_run(args: argparse.Namespace, recipe: "Recipe", names: list[str], data: 
     print(describe(recipe))
     shape = "x".join(map(str, data.shape))
     print(f"\n{data.n} images of {shape}, {data.classes or 'no'} classes ({data.name})")
-    about = (data, team.device, *spread_of(args, team))
+    about = (data, team.device, setup_of(args, team))
     estimates = {name: estimate_stage(recipe, recipe.stages[name], *about) for name in names}
     each = f", on each of {team.world} processes" if team.world > 1 else ""
     for name, guess in estimates.items():

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from onejump.config import Network, Recipe, Stage
+from onejump.config import Recipe, Stage
 from onejump.data.training_set import TrainingSet
 from onejump.fit import images_for
-from onejump.memory import Memory, nets_for, predict, typical_step
+from onejump.memory import ALONE, Memory, Setup, nets_for, predict, typical_step
 from onejump.samplers import ODE
 
 PROBE = 32  # images in a timed pass, unless the stage's own are fewer
@@ -32,16 +32,14 @@ def estimate_stage(
     stage: Stage,
     data: TrainingSet,
     device: torch.device,
-    world: int = 1,
-    shard: int = 1,
-    guide: Network | None = None,
+    setup: Setup = ALONE,
 ) -> Estimate:
-    """Of one of `world` processes, as in `predict`. The loss of this stage runs forwards and backwards on real images a
+    """Of one process, as in `predict`. The loss of this stage runs forwards and backwards on real images a
     few times; nothing is kept."""
     data = images_for(recipe.network, data)
-    memory = predict(recipe, stage, data, device, world, shard, guide)
+    memory = predict(recipe, stage, data, device, setup)
     probe = replace(stage, batch=min(PROBE, stage.micro_batch or stage.batch), micro_batch=0)
-    nets = nets_for(recipe, stage, device, guide)
+    nets = nets_for(recipe, stage, device, setup.guide)
     last_step = typical_step(stage)
     seconds = []
     for _ in range(3):
@@ -52,7 +50,7 @@ def estimate_stage(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - began)
-    training = min(seconds) * stage.steps * stage.batch / probe.batch / world
+    training = min(seconds) * stage.steps * stage.batch / probe.batch / setup.world
     forward = min(seconds) / probe.batch / (4 if not isinstance(stage.sampler, ODE) else 3)
     return Estimate(training + forward * evaluation_passes(recipe, stage), memory)
 

@@ -54,7 +54,6 @@ def evaluate(
     how = how or How()
     sampler = how.sampler or saved.sampler
     how = replace(how, sampler=sampler, block=how.block or block_on(next(saved.model.parameters()).device))
-    passes = getattr(saved.model.net, "passes", 1)  # of a call; with guidance 2
     labels, out = balanced_labels(n, len(saved.class_names)), {}
     known = same_classes(saved.class_names, judge.data.class_names)
     check_classes(judge, saved.class_names)
@@ -64,7 +63,7 @@ def evaluate(
         about = {"steps": k, "times": sampler.times(k), "sampler": to_json(sampler)}
         about |= how.prompts.about if how.prompts else {}
         numbers = measure(judge, source, n, f"{k} step{'s' if k > 1 else ''}", how, about, seed, labels, known)
-        out[str(k)] = {**numbers, "times": sampler.times(k), "nfe": sampler.calls(k) * passes, "seed": seed}
+        out[str(k)] = {**numbers, "times": sampler.times(k), "nfe": sampler.calls(k) * saved.model.passes, "seed": seed}
     return {"sampler": to_json(sampler), "block": how.block, "rounding": how.rounding, "steps": out, **denoising}
 
 

@@ -61,26 +61,35 @@ class Memory:
         return f"{in_words(self.peak)} ({', '.join(f'{what} {in_words(size)}' for what, size in parts if size)})"
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What memory depends on besides stage and images: the processes, how many of them share one copy of the weights,
+    and the network that guides the teacher, where that is a model of its own."""
+
+    world: int = 1
+    shard: int = 1
+    guide: Network | None = None
+
+
+ALONE = Setup()
+
+
 def predict(
     recipe: Recipe,
     stage: Stage,
     data: TrainingSet,
     device: torch.device,
-    world: int = 1,
-    shard: int = 1,
-    guide: Network | None = None,
+    setup: Setup = ALONE,
 ) -> Memory:
-    """The peak of one of `world` processes that train this stage, of which `shard` share one copy of the weights.
-
-    guide: the network that guides the teacher, where that is a model of its own.
+    """The peak of one of the processes that train this stage.
 
     On CUDA it is what torch's allocator has given out; on a CPU, the memory of the process without mapped files.
     """
     process = anonymous()
-    held, passes = step_bytes(recipe, stage, data.shape, world, shard, guide)
+    held, passes = step_bytes(recipe, stage, data.shape, setup)
     cpu = device.type == "cpu"
     sampling = sampling_maps(recipe.network) * block_on(device) * (torch.get_num_threads() if cpu else 1)
-    if shard > 1:  # what samples is in one piece
+    if setup.shard > 1:  # what samples is in one piece
         sampling += cost_of(recipe.network, 1).weights
     passes = max(passes, sampling)
     if cpu:
@@ -115,17 +124,16 @@ def step_bytes(
     recipe: Recipe,
     stage: Stage,
     shape: tuple[int, int, int],
-    world: int = 1,
-    shard: int = 1,
-    guide: Network | None = None,
+    setup: Setup = ALONE,
 ) -> tuple[int, int]:
     """(what is held between steps, the most that is there besides within one), counted on tensors without data."""
     fake, live = FakeTensorMode(allow_non_fake_inputs=True), Live()
+    world, shard = setup.world, setup.shard
     share = stage.batch // world
     micros = -(-share // (stage.micro_batch or share))
     with fake, live, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # to copy networks
-        nets = nets_for(recipe, stage, torch.device("cpu"), guide)
+        nets = nets_for(recipe, stage, torch.device("cpu"), setup.guide)
         x0 = torch.zeros(share, *shape)
         cond = labels_for(recipe, stage, share)
     Engine().prepare(nets.student, checkpointing=stage.checkpointing)
@@ -229,9 +237,7 @@ def fitting(
     data: TrainingSet,
     device: torch.device,
     limit: int,
-    world: int = 1,
-    shard: int = 1,
-    guide: Network | None = None,
+    setup: Setup = ALONE,
 ) -> tuple[Stage, Memory]:
     """The stage with the largest passes that stay below `limit` bytes, and their memory; its own where those do.
 
@@ -239,12 +245,12 @@ def fitting(
     at t', so that the result is that of the whole batch. Raises UserError where not even the smallest fits.
     """
     stage = recipe.stages[name]
-    share = stage.batch // world
+    share = stage.batch // setup.world
     own = stage.micro_batch or share
     sizes = sorted({n for n in range(1, own) if share % n == 0 and keeps(stage, n)} | {own})
 
     def memory(size: int) -> Memory:
-        return predict(recipe, with_passes(stage, size, share), data, device, world, shard, guide)
+        return predict(recipe, with_passes(stage, size, share), data, device, setup)
 
     if (whole := memory(own)).peak <= limit:
         return stage, whole

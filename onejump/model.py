@@ -44,6 +44,11 @@ class ConsistencyModel(nn.Module):
     def runner(self) -> nn.Module:
         return self._wrapped[0] if self._wrapped else self.net
 
+    @property
+    def passes(self) -> int:
+        """Networks that a call runs: two in a guided model."""
+        return getattr(self.net, "passes", 1)
+
     def through(self, wrapper: nn.Module) -> None:
         """From here on, call the network through a wrapper of it (DDP); its parameters keep their names."""
         self._wrapped = (wrapper,)

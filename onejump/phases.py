@@ -60,7 +60,7 @@ def watched(nets: Nets, phases: Phases) -> Iterator[None]:
             module: nn.Module,
             args: Any,
             is_student: bool = model is nets.student,
-            passes: int = getattr(model.net, "passes", 1),
+            passes: int = model.passes,
         ) -> None:
             before(is_student, passes * len(args[0]))
 

@@ -18,7 +18,7 @@ from onejump.config import Recipe, Stage
 from onejump.distributed import Team, hollow, local, whole
 from onejump.generate import generate, generate_by
 from onejump.join import environment, first_host, join
-from onejump.memory import nets_for, step_bytes, typical_step
+from onejump.memory import Setup, nets_for, step_bytes, typical_step
 from onejump.methods.ctm import CTM
 from onejump.methods.ect import ECT
 from onejump.methods.tcm import TCM
@@ -154,8 +154,8 @@ def taken(team, network, wanted):
 
 @pytest.mark.parametrize(("network", "wanted"), PIECES.values(), ids=PIECES)
 def test_memory_with_weights_in_pieces_is_what_was_counted(crew, network, wanted):
-    held, passes = step_bytes(Recipe("test", network, {"stage": wanted}), wanted, (1, 8, 8), world=2, shard=2)
-    whole, _ = step_bytes(Recipe("test", network, {"stage": wanted}), wanted, (1, 8, 8), world=2)
+    held, passes = step_bytes(Recipe("test", network, {"stage": wanted}), wanted, (1, 8, 8), Setup(2, 2))
+    whole, _ = step_bytes(Recipe("test", network, {"stage": wanted}), wanted, (1, 8, 8), Setup(2))
     found = crew.run(2, taken, network, wanted, shard=2)
     assert max(lies for lies, _ in found) == held < 0.6 * whole
     for _, peak in found:

@@ -12,7 +12,7 @@ from onejump.cost import bytes_of, flops_of
 from onejump.data.image_set import ImageSet
 from onejump.engine import Engine
 from onejump.guidance import autoguided, guided
-from onejump.memory import bytes_in, fitting, nets_for, predict, step_bytes, teacher_for, typical_step
+from onejump.memory import Setup, bytes_in, fitting, nets_for, predict, step_bytes, teacher_for, typical_step
 from onejump.methods.cd import CD
 from onejump.methods.ctm import CTM
 from onejump.methods.ect import ECT
@@ -50,7 +50,7 @@ SMALL = replace(KNOWS, model_channels=16)
 def test_a_guided_teacher_takes_its_second_pass(guide):
     """Against real steps, with a teacher whose guidance is made by hand; a guide of its own is held besides."""
     recipe = recipe_of(KNOWS, GUIDED)
-    held, passes = step_bytes(recipe, GUIDED, (3, 8, 8), guide=guide)
+    held, passes = step_bytes(recipe, GUIDED, (3, 8, 8), Setup(guide=guide))
     weights = bytes_of(KNOWS.build())
     assert held == 5 * weights + (bytes_of(guide.build()) if guide else 0)  # student, teacher, two moments, EMA
     teacher = ConsistencyModel(KNOWS.build()).eval()
